@@ -1,0 +1,114 @@
+//! Bytes of a message: one datagram of a `SOCK_SEQPACKET` socket, or one frame of a stream.
+//!
+//! A message is `postcard`, preceded by nothing: the transport keeps boundaries. Every length is bounded by
+//! [`MAX_MESSAGE`] and by the bounds in [`crate::message`], which [`decode`] checks after parsing.
+
+use crate::message::{self, ToBroker, ToRunner};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// Version of this protocol. A peer with another one is refused by name, not by misunderstanding.
+pub const VERSION: u16 = 1;
+
+/// Longest message, bytes: a DNS message of 64 KiB and its envelope.
+pub const MAX_MESSAGE: usize = 66 * 1024;
+
+/// Why bytes are not a message, or a message does not fit.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CodecError {
+    /// Longer than [`MAX_MESSAGE`].
+    #[error("a message of {0} bytes is longer than {MAX_MESSAGE}")]
+    TooLong(usize),
+    /// Not a message.
+    #[error("malformed message: {0}")]
+    Malformed(postcard::Error),
+    /// Bytes after the end.
+    #[error("{0} bytes follow the message")]
+    Trailing(usize),
+    /// A field is over its bound.
+    #[error("{0} is over its bound")]
+    Bound(&'static str),
+}
+
+/// A message whose fields have bounds.
+pub trait Bounded {
+    /// Names the field that is over its bound.
+    fn over_bound(&self) -> Option<&'static str>;
+}
+
+impl Bounded for ToBroker {
+    fn over_bound(&self) -> Option<&'static str> {
+        match self {
+            ToBroker::Hello(hello) => {
+                if hello.rules.len() > message::MAX_RULES {
+                    Some("rules")
+                } else if hello.publish.len() > message::MAX_RULES {
+                    Some("publish")
+                } else if hello.rules.iter().any(|(_, text)| text.len() > message::MAX_RULE) {
+                    Some("rule")
+                } else if hello.name.len() > message::MAX_RULE || hello.command.len() > message::MAX_RULE {
+                    Some("name or command")
+                } else {
+                    None
+                }
+            }
+            ToBroker::Request { caller, request, .. } => {
+                if caller.program.len() > message::MAX_PROGRAM {
+                    return Some("program");
+                }
+                match request {
+                    message::Request::Connect(connect) => options_over(&connect.options),
+                    message::Request::Listen(listen) => options_over(&listen.options),
+                    message::Request::Resolve(bytes) => (bytes.len() > message::MAX_DNS).then_some("query"),
+                    _ => None,
+                }
+            }
+            ToBroker::Forget(_) => None,
+        }
+    }
+}
+
+fn options_over(options: &crate::SocketOptions) -> Option<&'static str> {
+    (options.len() > crate::SocketOptions::MAX).then_some("options")
+}
+
+impl Bounded for ToRunner {
+    fn over_bound(&self) -> Option<&'static str> {
+        match self {
+            ToRunner::Refused(text) => (text.len() > 4096).then_some("reason"),
+            ToRunner::Answered { result: Ok(message::Reply::Resolved(bytes)), .. } => {
+                (bytes.len() > message::MAX_DNS).then_some("answer")
+            }
+            ToRunner::Answered { .. } | ToRunner::Welcome(_) => None,
+        }
+    }
+}
+
+/// The bytes of `message`.
+///
+/// # Errors
+/// A field is over its bound, or the whole is longer than [`MAX_MESSAGE`].
+pub fn encode<M: Serialize + Bounded>(message: &M) -> Result<Vec<u8>, CodecError> {
+    if let Some(field) = message.over_bound() {
+        return Err(CodecError::Bound(field));
+    }
+    let bytes = postcard::to_stdvec(message).map_err(CodecError::Malformed)?;
+    if bytes.len() > MAX_MESSAGE { Err(CodecError::TooLong(bytes.len())) } else { Ok(bytes) }
+}
+
+/// The message in `bytes`: exactly one.
+///
+/// # Errors
+/// See [`CodecError`]. Never panics, never allocates more than a small multiple of the input.
+pub fn decode<M: DeserializeOwned + Bounded>(bytes: &[u8]) -> Result<M, CodecError> {
+    if bytes.len() > MAX_MESSAGE {
+        return Err(CodecError::TooLong(bytes.len()));
+    }
+    let (message, rest) = postcard::take_from_bytes::<M>(bytes).map_err(CodecError::Malformed)?;
+    if !rest.is_empty() {
+        return Err(CodecError::Trailing(rest.len()));
+    }
+    match message.over_bound() {
+        Some(field) => Err(CodecError::Bound(field)),
+        None => Ok(message),
+    }
+}

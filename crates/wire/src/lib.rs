@@ -1,0 +1,21 @@
+//! Messages between runner, broker and provider.
+//!
+//! This crate says *what* crosses a boundary between kernels and how it looks in bytes: requests and replies
+//! ([`message`]), socket options by portable names ([`options`]), error numbers that mean the same on every
+//! kernel ([`errno`]), and the bounded, versioned framing ([`codec`]). [`link`] is the seam behind which a
+//! broker is reached: in the same process, or over a socket.
+//!
+//! It performs no I/O, knows no kernel's constants and has no unsafe code.
+#![forbid(unsafe_code)]
+
+pub mod codec;
+pub mod errno;
+pub mod link;
+pub mod message;
+pub mod options;
+
+pub use codec::{CodecError, MAX_MESSAGE, VERSION, decode, encode};
+pub use errno::Errno;
+pub use link::{Answer, BrokerLink, Submitted};
+pub use message::*;
+pub use options::{OptionName, OptionValue, SocketOption, SocketOptions};
