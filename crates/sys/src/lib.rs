@@ -1,1 +1,19 @@
+//! Every unsafe line of kso.
+//!
+//! The crates above forbid unsafe code; what they need from the kernel and neither `std`, rustix nor socket2
+//! offers safely is here, behind types that own their descriptors: the seccomp notifier ([`notify`]), memory
+//! and descriptors of other processes ([`remote`]), namespaces ([`namespace`]), socket options by portable
+//! name ([`options`]), locks on sockets ([`lock`]), the TUN ([`tun`]) and batches of datagrams ([`datagram`]).
+//! It takes no decisions.
 
+pub mod datagram;
+pub mod errno;
+pub mod lock;
+pub mod options;
+pub mod tun;
+
+mod socket;
+pub use socket::{
+    MAX_ADDRESS, RawAddress, address_from_raw, address_to_raw, cookie, kind, local_address, netns_cookie,
+    peer_address, protocol, tcp_state,
+};

@@ -1,0 +1,192 @@
+//! Socket options by portable name, on Linux. Sources: socket(7), tcp(7), ip(7), ipv6(7).
+
+use crate::socket::{get, set};
+use kso_wire::{Family, OptionName, OptionValue, SocketOptions};
+use std::io;
+use std::os::fd::BorrowedFd;
+
+/// How a value is laid out in the kernel's own type.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    Int,
+    /// `int`, reported as twice what was set (socket(7), `SO_SNDBUF`).
+    Doubled,
+    /// `struct linger`.
+    Linger,
+    /// `struct timeval`.
+    Time,
+}
+
+struct Entry {
+    name: OptionName,
+    level: libc::c_int,
+    number: libc::c_int,
+    layout: Layout,
+    /// `None`: sockets of both families have it.
+    family: Option<Family>,
+}
+
+const fn entry(name: OptionName, level: libc::c_int, number: libc::c_int, layout: Layout) -> Entry {
+    Entry { name, level, number, layout, family: None }
+}
+
+const fn only(family: Family, name: OptionName, level: libc::c_int, number: libc::c_int) -> Entry {
+    Entry { name, level, number, layout: Layout::Int, family: Some(family) }
+}
+
+const TCP_NOTSENT_LOWAT: libc::c_int = 25;
+
+/// Every option that is carried over. `V6Only` and the reuse flags come first: they matter to `bind`.
+const TABLE: &[Entry] = &[
+    only(Family::V6, OptionName::V6Only, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
+    entry(OptionName::ReuseAddress, libc::SOL_SOCKET, libc::SO_REUSEADDR, Layout::Int),
+    entry(OptionName::ReusePort, libc::SOL_SOCKET, libc::SO_REUSEPORT, Layout::Int),
+    entry(OptionName::KeepAlive, libc::SOL_SOCKET, libc::SO_KEEPALIVE, Layout::Int),
+    entry(OptionName::Linger, libc::SOL_SOCKET, libc::SO_LINGER, Layout::Linger),
+    entry(OptionName::SendBuffer, libc::SOL_SOCKET, libc::SO_SNDBUF, Layout::Doubled),
+    entry(OptionName::ReceiveBuffer, libc::SOL_SOCKET, libc::SO_RCVBUF, Layout::Doubled),
+    entry(OptionName::ReceiveTimeout, libc::SOL_SOCKET, libc::SO_RCVTIMEO, Layout::Time),
+    entry(OptionName::SendTimeout, libc::SOL_SOCKET, libc::SO_SNDTIMEO, Layout::Time),
+    entry(OptionName::Priority, libc::SOL_SOCKET, libc::SO_PRIORITY, Layout::Int),
+    entry(OptionName::OutOfBandInline, libc::SOL_SOCKET, libc::SO_OOBINLINE, Layout::Int),
+    entry(OptionName::ReceiveLowWater, libc::SOL_SOCKET, libc::SO_RCVLOWAT, Layout::Int),
+    entry(OptionName::Timestamp, libc::SOL_SOCKET, libc::SO_TIMESTAMP, Layout::Int),
+    entry(OptionName::BusyPoll, libc::SOL_SOCKET, libc::SO_BUSY_POLL, Layout::Int),
+    entry(OptionName::NoDelay, libc::IPPROTO_TCP, libc::TCP_NODELAY, Layout::Int),
+    entry(OptionName::Cork, libc::IPPROTO_TCP, libc::TCP_CORK, Layout::Int),
+    entry(OptionName::KeepIdle, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, Layout::Int),
+    entry(OptionName::KeepInterval, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, Layout::Int),
+    entry(OptionName::KeepCount, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, Layout::Int),
+    entry(OptionName::UserTimeout, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, Layout::Int),
+    entry(OptionName::SynCount, libc::IPPROTO_TCP, libc::TCP_SYNCNT, Layout::Int),
+    entry(OptionName::MaxSegment, libc::IPPROTO_TCP, libc::TCP_MAXSEG, Layout::Int),
+    entry(OptionName::DeferAccept, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, Layout::Int),
+    entry(OptionName::Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, Layout::Int),
+    entry(OptionName::NotSentLowWater, libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, Layout::Int),
+    entry(OptionName::WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, Layout::Int),
+    entry(OptionName::TypeOfService, libc::IPPROTO_IP, libc::IP_TOS, Layout::Int),
+    entry(OptionName::TimeToLive, libc::IPPROTO_IP, libc::IP_TTL, Layout::Int),
+    entry(OptionName::MtuDiscover, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, Layout::Int),
+    entry(OptionName::ReceiveErrors, libc::IPPROTO_IP, libc::IP_RECVERR, Layout::Int),
+    only(Family::V6, OptionName::UnicastHops, libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
+    only(Family::V6, OptionName::TrafficClass, libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+];
+
+/// Microseconds of a second.
+const MICROS: i64 = 1_000_000;
+
+fn read_one(socket: BorrowedFd<'_>, entry: &Entry) -> io::Result<OptionValue> {
+    Ok(match entry.layout {
+        Layout::Int => get::<libc::c_int>(socket, entry.level, entry.number)?.into(),
+        Layout::Doubled => i64::from(get::<libc::c_int>(socket, entry.level, entry.number)?) / 2,
+        Layout::Linger => {
+            let linger: libc::linger = get(socket, entry.level, entry.number)?;
+            if linger.l_onoff == 0 { -1 } else { linger.l_linger.into() }
+        }
+        Layout::Time => {
+            let time: libc::timeval = get(socket, entry.level, entry.number)?;
+            time.tv_sec.saturating_mul(MICROS).saturating_add(time.tv_usec)
+        }
+    })
+}
+
+fn apply_one(socket: BorrowedFd<'_>, entry: &Entry, value: OptionValue) -> io::Result<()> {
+    let int = libc::c_int::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    match entry.layout {
+        Layout::Int | Layout::Doubled => set(socket, entry.level, entry.number, &int),
+        Layout::Linger => {
+            let linger = libc::linger { l_onoff: (value >= 0).into(), l_linger: int.max(0) };
+            set(socket, entry.level, entry.number, &linger)
+        }
+        Layout::Time => {
+            let value = value.max(0);
+            let time = libc::timeval { tv_sec: value / MICROS, tv_usec: value % MICROS };
+            set(socket, entry.level, entry.number, &time)
+        }
+    }
+}
+
+/// What a fresh socket of a family has: only what differs is carried over.
+#[derive(Clone, Debug)]
+pub struct Defaults {
+    family: Family,
+    values: [Option<OptionValue>; TABLE.len()],
+}
+
+impl Defaults {
+    /// Reads them off a socket on which nothing was set yet.
+    #[must_use]
+    pub fn of(fresh: BorrowedFd<'_>, family: Family) -> Self {
+        let mut values = [None; TABLE.len()];
+        for (value, entry) in values.iter_mut().zip(TABLE) {
+            if entry.family.is_none_or(|only| only == family) {
+                *value = read_one(fresh, entry).ok();
+            }
+        }
+        Self { family, values }
+    }
+}
+
+/// The options of `socket` that differ from `defaults`, in the order in which to apply them.
+#[must_use]
+pub fn read(socket: BorrowedFd<'_>, defaults: &Defaults) -> SocketOptions {
+    let mut options = SocketOptions::default();
+    for (entry, default) in TABLE.iter().zip(&defaults.values) {
+        if entry.family.is_some_and(|only| only != defaults.family) {
+            continue;
+        }
+        if let Ok(value) = read_one(socket, entry)
+            && Some(value) != *default
+        {
+            options.push(entry.name, value);
+        }
+    }
+    options
+}
+
+/// Sets every option. One that this kernel refuses (an unknown one, a value over its limit) is passed over:
+/// the program was told yes by its own kernel already.
+///
+/// # Errors
+/// The socket is not one (`EBADF`, `ENOTSOCK`).
+pub fn apply(socket: BorrowedFd<'_>, options: &SocketOptions) -> io::Result<()> {
+    for option in options.iter() {
+        let Some(entry) = TABLE.iter().find(|entry| entry.name == option.name) else { continue };
+        match apply_one(socket, entry, option.value) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {
+                return Err(error);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn what_a_program_set_is_carried_and_nothing_else() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let fresh = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let defaults = Defaults::of(fresh.as_fd(), Family::V4);
+        assert!(read(fresh.as_fd(), &defaults).is_empty());
+
+        let set = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        set.set_nodelay(true).unwrap();
+        set.set_read_timeout(Some(std::time::Duration::from_micros(1_250_000))).unwrap();
+        set.set_ttl(33).unwrap();
+        let options = read(set.as_fd(), &defaults);
+        assert_eq!(options.get(OptionName::NoDelay), Some(1));
+        assert_eq!(options.get(OptionName::TimeToLive), Some(33));
+        assert_eq!(options.len(), 3);
+
+        let copy = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        apply(copy.as_fd(), &options).unwrap();
+        assert_eq!(read(copy.as_fd(), &defaults), options);
+    }
+}

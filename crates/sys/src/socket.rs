@@ -1,0 +1,204 @@
+//! Small questions to a socket, and the raw `getsockopt`/`setsockopt` beneath them.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// `SO_NETNS_COOKIE`, Linux 5.14 (`include/uapi/asm-generic/socket.h`).
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// Types that `getsockopt` and `setsockopt` exchange with the kernel: any bit pattern is a value.
+pub(crate) trait Plain: Copy {}
+impl Plain for libc::c_int {}
+impl Plain for u64 {}
+impl Plain for libc::linger {}
+impl Plain for libc::timeval {}
+impl Plain for libc::tcp_info {}
+impl Plain for libc::sock_fprog {}
+
+pub(crate) fn get<T: Plain>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
+    let mut value = MaybeUninit::<T>::zeroed();
+    let mut length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes into `value`, which has that size; all of it was
+    // zeroed before and `T: Plain` makes every bit pattern a value.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length)
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: see above.
+    Ok(unsafe { value.assume_init() })
+}
+
+pub(crate) fn set<T: Plain>(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &T,
+) -> io::Result<()> {
+    // SAFETY: the kernel reads `size_of::<T>()` bytes of a live reference. For `sock_fprog` it also reads
+    // the instructions it points to, which `lock` keeps alive over the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The kernel's own number of a socket, unique until reboot (`SO_COOKIE`, Linux 4.12).
+///
+/// # Errors
+/// `ENOTSOCK`.
+pub fn cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    get(socket, libc::SOL_SOCKET, libc::SO_COOKIE)
+}
+
+/// The network namespace a socket belongs to, as a number unique until reboot (`SO_NETNS_COOKIE`, Linux
+/// 5.14).
+///
+/// # Errors
+/// `ENOTSOCK`, or `ENOPROTOOPT` on older kernels.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    get(socket, libc::SOL_SOCKET, SO_NETNS_COOKIE)
+}
+
+/// Domain and type of a socket (`SO_DOMAIN`, `SO_TYPE`; socket(7)).
+///
+/// # Errors
+/// `ENOTSOCK`.
+pub fn kind(socket: BorrowedFd<'_>) -> io::Result<(i32, i32)> {
+    Ok((
+        get::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)?,
+        get::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_TYPE)?,
+    ))
+}
+
+/// Protocol of a socket (`SO_PROTOCOL`).
+///
+/// # Errors
+/// `ENOTSOCK`.
+pub fn protocol(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    get(socket, libc::SOL_SOCKET, libc::SO_PROTOCOL)
+}
+
+/// State of a TCP socket, as `enum` in `include/net/tcp_states.h` numbers it: 1 established, 2 SYN sent,
+/// 7 closed, 10 listening.
+///
+/// # Errors
+/// Not a TCP socket.
+pub fn tcp_state(socket: BorrowedFd<'_>) -> io::Result<u8> {
+    // One byte would do, but the kernel copies whole fields: ask for the first eight bytes only.
+    let head: u64 = get(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
+    Ok(head.to_le_bytes()[0])
+}
+
+/// The bytes of a socket address as the kernel takes them, and their number.
+#[must_use]
+pub fn address_to_raw(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: sockaddr_storage is plain data; zero is a value.
+    let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let length = match address {
+        SocketAddr::V4(address) => {
+            let raw = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: address.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from(*address.ip()).to_be() },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: sockaddr_storage is larger than, and aligned for, every socket address.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(raw) };
+            size_of::<libc::sockaddr_in>()
+        }
+        SocketAddr::V6(address) => {
+            let raw = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: address.port().to_be(),
+                sin6_flowinfo: address.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: address.ip().octets() },
+                sin6_scope_id: address.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(raw) };
+            size_of::<libc::sockaddr_in6>()
+        }
+    };
+    (storage, length as libc::socklen_t)
+}
+
+/// Longest socket address, bytes (`struct sockaddr_storage`).
+pub const MAX_ADDRESS: usize = size_of::<libc::sockaddr_storage>();
+
+/// What the bytes of a socket address say, as `connect` and `bind` would read them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RawAddress {
+    /// `AF_INET` or `AF_INET6`.
+    Inet(SocketAddr),
+    /// `AF_UNSPEC`: dissolves an association (connect(2)).
+    Unspecified,
+    /// Another family, or too short for its own: the kernel shall judge.
+    Other,
+}
+
+/// Reads the bytes of a socket address. Source: ip(7), ipv6(7).
+#[must_use]
+pub fn address_from_raw(bytes: &[u8]) -> RawAddress {
+    let Some((family, rest)) = bytes.split_first_chunk::<2>() else { return RawAddress::Other };
+    match libc::c_int::from(u16::from_ne_bytes(*family)) {
+        libc::AF_UNSPEC => RawAddress::Unspecified,
+        // 14 bytes follow the family: port, address, zeroes.
+        libc::AF_INET if rest.len() >= 14 => {
+            let port = u16::from_be_bytes([rest[0], rest[1]]);
+            let address = Ipv4Addr::new(rest[2], rest[3], rest[4], rest[5]);
+            RawAddress::Inet(SocketAddr::from((address, port)))
+        }
+        // SIN6_LEN_RFC2133: 24 bytes do, without the scope (net/ipv6/af_inet6.c).
+        libc::AF_INET6 if rest.len() >= 22 => {
+            let port = u16::from_be_bytes([rest[0], rest[1]]);
+            let flow = u32::from_ne_bytes([rest[2], rest[3], rest[4], rest[5]]);
+            let mut octets = [0; 16];
+            octets.copy_from_slice(&rest[6..22]);
+            let scope = match rest.get(22..26) {
+                Some(scope) => u32::from_ne_bytes([scope[0], scope[1], scope[2], scope[3]]),
+                None => 0,
+            };
+            RawAddress::Inet(SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::from(octets), port, flow, scope)))
+        }
+        _ => RawAddress::Other,
+    }
+}
+
+/// The local address of a socket (getsockname(2)).
+///
+/// # Errors
+/// `ENOTSOCK`.
+pub fn local_address(socket: BorrowedFd<'_>) -> io::Result<RawAddress> {
+    address_of(socket, libc::getsockname)
+}
+
+/// The address of the other end (getpeername(2)).
+///
+/// # Errors
+/// `ENOTCONN`, `ENOTSOCK`.
+pub fn peer_address(socket: BorrowedFd<'_>) -> io::Result<RawAddress> {
+    address_of(socket, libc::getpeername)
+}
+
+type AddressCall = unsafe extern "C" fn(libc::c_int, *mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int;
+
+fn address_of(socket: BorrowedFd<'_>, call: AddressCall) -> io::Result<RawAddress> {
+    let mut bytes = [0_u8; MAX_ADDRESS];
+    let mut length = MAX_ADDRESS as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes into the array.
+    let result = unsafe { call(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), &raw mut length) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(address_from_raw(bytes.get(..length as usize).unwrap_or(&bytes)))
+}
