@@ -203,15 +203,21 @@ pub struct Connect {
     pub origin: Origin,
 }
 
-/// Make a stream socket, bound and (with a backlog) listening. Answered with a descriptor, or with
-/// [`Reply::StayInside`] if nothing publishes this port.
+/// Make a stream socket listen. Answered with a descriptor that listens, or with [`Reply::StayInside`] if
+/// nothing publishes this port.
+///
+/// Without a backlog it only *reserves*: the broker binds a socket outside and keeps it; the answer is
+/// [`Reply::Socket`] with its local address and no descriptor. The runner gives the program's own socket the
+/// same port, so that what `getsockname` says inside is what is true outside. A later `Listen` or `Connect`
+/// whose `local` has that port uses the reserved socket (with the options of the later message applied), and
+/// [`Request::Release`] gives it back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listen {
     /// The address inside, as `getsockname` tells it to the program.
     pub local: SocketAddr,
     /// The family of the program's socket.
     pub family: Family,
-    /// `listen`'s argument; `None` only binds.
+    /// `listen`'s argument; `None` only reserves.
     pub backlog: Option<i32>,
     /// Options to apply before binding.
     pub options: SocketOptions,
@@ -261,6 +267,9 @@ pub enum Request {
     OpenEcho(OpenEcho),
     /// A DNS query message (RFC 1035) of at most [`MAX_DNS`] bytes; answered with a DNS message.
     Resolve(#[serde(with = "serde_bytes_vec")] Vec<u8>),
+    /// The reservation of this local address (as [`Reply::Socket`] told it) is no longer wanted: the program
+    /// closed its socket. Answered with [`Reply::StayInside`], also when there is none.
+    Release(SocketAddr),
 }
 
 /// Bytes are written as a length and the bytes, not as a sequence of numbers.
@@ -292,7 +301,7 @@ mod serde_bytes_vec {
 /// What came of a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
-    /// A descriptor rides along. `local` is its address outside, when it is bound.
+    /// A descriptor rides along (except for a reservation). `local` is its address outside, when it is bound.
     Socket {
         /// `getsockname` outside.
         local: Option<SocketAddr>,
