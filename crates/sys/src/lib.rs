@@ -9,11 +9,14 @@
 pub mod datagram;
 pub mod errno;
 pub mod lock;
+pub mod notify;
 pub mod options;
+pub mod process;
+pub mod remote;
 pub mod tun;
 
 mod socket;
 pub use socket::{
-    MAX_ADDRESS, RawAddress, address_from_raw, address_to_raw, cookie, kind, local_address, netns_cookie,
-    peer_address, protocol, tcp_state,
+    MAX_ADDRESS, RawAddress, address_from_raw, address_to_raw, bind, cookie, kind, local_address,
+    netns_cookie, peer_address, protocol, tcp_state,
 };

@@ -106,8 +106,7 @@ pub fn lock_listener(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 fn attach(socket: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
     // The kernel only reads the instructions; the type of the field is not const.
-    let filter =
-        libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
     set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &filter)?;
     set::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, &1)
 }

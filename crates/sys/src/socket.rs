@@ -1,8 +1,8 @@
 //! Small questions to a socket, and the raw `getsockopt`/`setsockopt` beneath them.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::mem::{MaybeUninit, size_of};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// `SO_NETNS_COOKIE`, Linux 5.14 (`include/uapi/asm-generic/socket.h`).
@@ -152,26 +152,28 @@ pub fn address_from_raw(bytes: &[u8]) -> RawAddress {
     let Some((family, rest)) = bytes.split_first_chunk::<2>() else { return RawAddress::Other };
     match libc::c_int::from(u16::from_ne_bytes(*family)) {
         libc::AF_UNSPEC => RawAddress::Unspecified,
-        // 14 bytes follow the family: port, address, zeroes.
-        libc::AF_INET if rest.len() >= 14 => {
-            let port = u16::from_be_bytes([rest[0], rest[1]]);
-            let address = Ipv4Addr::new(rest[2], rest[3], rest[4], rest[5]);
-            RawAddress::Inet(SocketAddr::from((address, port)))
-        }
-        // SIN6_LEN_RFC2133: 24 bytes do, without the scope (net/ipv6/af_inet6.c).
-        libc::AF_INET6 if rest.len() >= 22 => {
-            let port = u16::from_be_bytes([rest[0], rest[1]]);
-            let flow = u32::from_ne_bytes([rest[2], rest[3], rest[4], rest[5]]);
-            let mut octets = [0; 16];
-            octets.copy_from_slice(&rest[6..22]);
-            let scope = match rest.get(22..26) {
-                Some(scope) => u32::from_ne_bytes([scope[0], scope[1], scope[2], scope[3]]),
-                None => 0,
-            };
-            RawAddress::Inet(SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::from(octets), port, flow, scope)))
-        }
+        libc::AF_INET => inet(rest).map_or(RawAddress::Other, RawAddress::Inet),
+        libc::AF_INET6 => inet6(rest).map_or(RawAddress::Other, RawAddress::Inet),
         _ => RawAddress::Other,
     }
+}
+
+/// The rest of a `sockaddr_in`: port, address, and eight bytes that must be there.
+fn inet(rest: &[u8]) -> Option<SocketAddr> {
+    let (port, rest) = rest.split_first_chunk::<2>()?;
+    let (address, rest) = rest.split_first_chunk::<4>()?;
+    rest.first_chunk::<8>()?;
+    Some(SocketAddr::from((Ipv4Addr::from(*address), u16::from_be_bytes(*port))))
+}
+
+/// The rest of a `sockaddr_in6`; the scope may be missing (SIN6_LEN_RFC2133, net/ipv6/af_inet6.c).
+fn inet6(rest: &[u8]) -> Option<SocketAddr> {
+    let (port, rest) = rest.split_first_chunk::<2>()?;
+    let (flow, rest) = rest.split_first_chunk::<4>()?;
+    let (address, rest) = rest.split_first_chunk::<16>()?;
+    let scope = rest.first_chunk::<4>().map_or(0, |scope| u32::from_ne_bytes(*scope));
+    let port = u16::from_be_bytes(*port);
+    Some(SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::from(*address), port, u32::from_ne_bytes(*flow), scope)))
 }
 
 /// The local address of a socket (getsockname(2)).
@@ -190,7 +192,8 @@ pub fn peer_address(socket: BorrowedFd<'_>) -> io::Result<RawAddress> {
     address_of(socket, libc::getpeername)
 }
 
-type AddressCall = unsafe extern "C" fn(libc::c_int, *mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int;
+type AddressCall =
+    unsafe extern "C" fn(libc::c_int, *mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int;
 
 fn address_of(socket: BorrowedFd<'_>, call: AddressCall) -> io::Result<RawAddress> {
     let mut bytes = [0_u8; MAX_ADDRESS];
@@ -201,4 +204,15 @@ fn address_of(socket: BorrowedFd<'_>, call: AddressCall) -> io::Result<RawAddres
         return Err(io::Error::last_os_error());
     }
     Ok(address_from_raw(bytes.get(..length as usize).unwrap_or(&bytes)))
+}
+
+/// Binds a socket (bind(2)).
+///
+/// # Errors
+/// `EADDRINUSE`, `EADDRNOTAVAIL`, `EACCES`, `EINVAL`.
+pub fn bind(socket: BorrowedFd<'_>, address: SocketAddr) -> io::Result<()> {
+    let (storage, length) = address_to_raw(address);
+    // SAFETY: the storage holds `length` bytes of address.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const storage).cast(), length) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
