@@ -10,6 +10,7 @@ pub mod datagram;
 pub mod errno;
 pub mod lock;
 pub mod notify;
+pub mod numbers;
 pub mod options;
 pub mod process;
 pub mod remote;
@@ -17,6 +18,6 @@ pub mod tun;
 
 mod socket;
 pub use socket::{
-    MAX_ADDRESS, RawAddress, address_from_raw, address_to_raw, bind, cookie, kind, local_address,
+    MAX_ADDRESS, RawAddress, address_bytes, address_from_raw, address_to_raw, bind, cookie, kind, local_address,
     netns_cookie, peer_address, protocol, tcp_state,
 };

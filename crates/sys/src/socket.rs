@@ -216,3 +216,11 @@ pub fn bind(socket: BorrowedFd<'_>, address: SocketAddr) -> io::Result<()> {
     let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const storage).cast(), length) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// The bytes of a socket address, for another process's memory.
+#[must_use]
+pub fn address_bytes(address: SocketAddr) -> Vec<u8> {
+    let (storage, length) = address_to_raw(address);
+    // SAFETY: the first `length` bytes of the storage were written as one socket address without padding.
+    unsafe { std::slice::from_raw_parts((&raw const storage).cast::<u8>(), length as usize) }.to_vec()
+}

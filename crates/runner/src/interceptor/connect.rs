@@ -1,0 +1,131 @@
+//! `connect`.
+
+use super::{Call, Interceptor, MAX_INTERRUPTED, Outcome, Publishing, Purpose, recall, remember};
+use kso_sys::notify::{Notification, Response};
+use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, options, remote, tcp_state};
+use kso_wire::{
+    Answer, BrokerLink, Connect, Errno, Family, LoopbackMode, OptionName, Origin, Reply, Request,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+/// `TCP_CLOSE`: nothing was begun, or it failed (include/net/tcp_states.h).
+pub(super) const CLOSED: u8 = 7;
+/// `TCP_SYN_SENT`.
+const SYN_SENT: u8 = 2;
+
+impl Interceptor {
+    pub(super) fn connect(
+        &mut self,
+        notification: Notification,
+        link: &mut dyn BrokerLink,
+    ) -> io::Result<Outcome> {
+        let [_, address, length, ..] = notification.args;
+        // As the kernel does: `int addrlen`, no longer than a sockaddr_storage (move_addr_to_kernel).
+        let length = usize::try_from(length as i32).unwrap_or(usize::MAX);
+        if length > MAX_ADDRESS {
+            return Ok(Outcome::CONTINUE);
+        }
+        let mut bytes = [0; MAX_ADDRESS];
+        let bytes = bytes.get_mut(..length).unwrap_or_default();
+        if remote::read_memory(notification.tid, address, bytes)? != length {
+            return Ok(Outcome::CONTINUE);
+        }
+        // AF_UNSPEC dissolves: the kernel's own business, also for a swapped socket.
+        let RawAddress::Inet(peer) = address_from_raw(bytes) else { return Ok(Outcome::CONTINUE) };
+        if !self.may_leave(peer) {
+            return Ok(Outcome::CONTINUE);
+        }
+        let Some(call) = self.tcp_socket(notification)? else { return Ok(Outcome::CONTINUE) };
+        if matches!((call.family, peer), (Family::V4, SocketAddr::V6(_)) | (Family::V6, SocketAddr::V4(_))) {
+            return Ok(Outcome::CONTINUE);
+        }
+        let socket = call.socket.as_fd();
+        let state = tcp_state(socket)?;
+        let nonblocking = rustix::fs::fcntl_getfl(socket)?.contains(OFlags::NONBLOCK);
+        if self.is_swapped(socket)? {
+            if state == SYN_SENT
+                && nonblocking
+                && recall(&mut self.interrupted, &kso_sys::cookie(socket)?)
+            {
+                return Ok(Outcome::error(Errno::EINPROGRESS));
+            }
+            // Under way, established, or failed with an error not yet fetched: the kernel knows what to say.
+            // Otherwise it is a new attempt, for which the socket, locked to its old peer, is replaced.
+            if state != CLOSED || has_error(socket)? {
+                return Ok(Outcome::CONTINUE);
+            }
+        } else if state != CLOSED {
+            return Ok(Outcome::CONTINUE);
+        }
+        let options = options::read(socket, self.defaults(call.family));
+        if options.get(OptionName::V6Only) == Some(1) && peer.ip().to_canonical().is_ipv4() {
+            return Ok(Outcome::CONTINUE);
+        }
+        let local = bound_address(socket)?;
+        let request = Request::Connect(Connect {
+            peer,
+            family: call.family,
+            local,
+            options,
+            origin: Origin::Intercepted,
+        });
+        self.ask(call, Purpose::Connect { nonblocking }, request, link)
+    }
+
+    /// Whether a connection to `peer` may have to be made outside. What is the sandbox's own stays inside,
+    /// unless a published listener could be meant.
+    fn may_leave(&self, peer: SocketAddr) -> bool {
+        let ip = peer.ip().to_canonical();
+        let loopback = ip.is_loopback() || ip.is_unspecified();
+        if loopback && self.config.loopback == LoopbackMode::External {
+            return true;
+        }
+        let inside = loopback || self.config.tun.is_guest(ip);
+        !inside || self.config.publishing != Publishing::Nothing
+    }
+
+    pub(super) fn connected(
+        &mut self,
+        call: &Call,
+        nonblocking: bool,
+        answer: Answer,
+    ) -> io::Result<Outcome> {
+        match answer.result {
+            Ok(Reply::Socket { .. }) => {}
+            Ok(_) => return Ok(Outcome::CONTINUE),
+            Err(failure) => return Ok(Outcome::error(failure.errno)),
+        }
+        let Some(outer) = answer.descriptor else { return Ok(Outcome::error(Errno::EPROTO)) };
+        self.swap(call, outer.as_fd(), nonblocking)?;
+        if !nonblocking {
+            return Ok(Outcome::CONTINUE);
+        }
+        let response = Response::Error(kso_sys::errno::to_raw(Errno::EINPROGRESS));
+        if self.listener.respond(call.notification.id, response).is_err() {
+            // Interrupted after the swap: the call will be made again, and must not hear EALREADY.
+            let cookie = kso_sys::cookie(outer.as_fd())?;
+            remember(&mut self.interrupted, cookie, MAX_INTERRUPTED);
+        }
+        Ok(Outcome::Gone)
+    }
+}
+
+/// Whether an error waits to be fetched (`sk_err`).
+fn has_error(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut polled = [PollFd::new(&socket, PollFlags::empty())];
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    let [polled] = polled;
+    Ok(polled.revents().contains(PollFlags::ERR))
+}
+
+/// The address the program bound, if it did.
+pub(super) fn bound_address(socket: BorrowedFd<'_>) -> io::Result<Option<SocketAddr>> {
+    Ok(match local_address(socket)? {
+        RawAddress::Inet(address) if address.port() != 0 || !address.ip().is_unspecified() => Some(address),
+        _ => None,
+    })
+}

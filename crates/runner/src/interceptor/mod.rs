@@ -1,0 +1,355 @@
+//! Answers the system calls that the filter hands over.
+//!
+//! ```text
+//!  connect --- not TCP, or stays inside ----------------------------> CONTINUE
+//!     |
+//!     +------- broker: a host socket whose connection is under way
+//!                 |  swap it in: under every descriptor, with its epoll registrations
+//!                 +-- the program's socket blocks --> CONTINUE: the kernel waits for the connection
+//!                 +-- it does not -----------------> EINPROGRESS
+//!  listen ---- not published ---------------------------------------> CONTINUE
+//!     +------- broker: a host listener; swap it in -----------------> 0
+//! ```
+//!
+//! A `connect` on a socket whose connection is under way only waits for it, whatever address it names
+//! (`__inet_stream_connect` in net/ipv4/af_inet.c): so time-outs, signals and errors are the kernel's own, and
+//! nothing is kept here for a connection. CONTINUE is never what policy rests on: a sandbox has no way out but
+//! the TUN, and each host socket that a program holds is locked to what was approved (`kso_sys::lock`).
+//!
+//! All of it runs on one thread, which must be the process's first (see [`carry`]), and nothing in it waits.
+
+mod carry;
+mod connect;
+mod filter;
+mod listen;
+mod swap;
+mod threads;
+
+pub use filter::rules;
+
+use kso_sys::notify::{Listener, Notification, Response};
+use kso_sys::options::Defaults;
+use kso_sys::{numbers, remote};
+use kso_wire::{
+    Answer, BrokerLink, Caller, Family, LoopbackMode, MAX_PENDING, Request, RequestId, Submitted, TunAddresses,
+};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use threads::{EpollTable, Thread, Threads};
+
+/// So many calls are answered before the loop looks at other things.
+const CALLS_PER_TURN: usize = 64;
+/// So many sockets with several descriptors are remembered.
+const MAX_DUPLICATED: usize = 1024;
+/// So many listeners are remembered for `getsockname`.
+const MAX_LISTENERS: usize = 1024;
+/// So many interrupted calls are remembered.
+const MAX_INTERRUPTED: usize = 64;
+
+/// What is published of a sandbox's TCP ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Publishing {
+    /// Nothing.
+    Nothing,
+    /// Some ports.
+    Ports,
+    /// Each port on which a program listens.
+    Everything,
+}
+
+/// What the interceptor has to know of its sandbox.
+#[derive(Debug)]
+pub struct InterceptorConfig {
+    /// Its addresses.
+    pub tun: TunAddresses,
+    /// Where its loopback is.
+    pub loopback: LoopbackMode,
+    /// What is published.
+    pub publishing: Publishing,
+    /// `SO_NETNS_COOKIE` of the sandbox's network.
+    pub netns: u64,
+    /// Options of its fresh TCP sockets: IPv4, IPv6.
+    pub defaults: [Defaults; 2],
+}
+
+/// How a turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// Nothing waits now.
+    Idle,
+    /// Nothing will come any more: no process of the sandbox is left.
+    Ended,
+}
+
+/// What to do with a call now.
+enum Outcome {
+    /// Answer it.
+    Respond(Response),
+    /// The broker will answer.
+    Later,
+    /// Its caller is gone.
+    Gone,
+}
+
+impl Outcome {
+    const CONTINUE: Self = Self::Respond(Response::Continue);
+
+    fn error(errno: kso_wire::Errno) -> Self {
+        Self::Respond(Response::Error(kso_sys::errno::to_raw(errno)))
+    }
+}
+
+/// A call that was taken apart: who, on which socket.
+struct Call {
+    notification: Notification,
+    /// The program's number of the socket.
+    number: i32,
+    /// Our copy of its descriptor.
+    socket: OwnedFd,
+    family: Family,
+}
+
+/// What a broker's answer is for.
+enum Purpose {
+    Connect { nonblocking: bool },
+    Listen { inner: SocketAddr },
+    Reserve { wanted: SocketAddr },
+}
+
+struct Pending {
+    call: Call,
+    purpose: Purpose,
+}
+
+/// A listener that was swapped: what the program calls it, what it is outside.
+struct Translation {
+    cookie: u64,
+    inner: SocketAddr,
+    outer: SocketAddr,
+}
+
+/// See the module's documentation.
+pub struct Interceptor {
+    listener: Listener,
+    config: InterceptorConfig,
+    threads: Threads,
+    epolls: EpollTable,
+    /// Cookies of sockets that have several descriptors and are not swapped yet.
+    duplicated: VecDeque<u64>,
+    /// Cookies of swapped sockets whose caller was interrupted before it heard `EINPROGRESS`.
+    interrupted: VecDeque<u64>,
+    translations: VecDeque<Translation>,
+    reservations: listen::Reservations,
+    pending: HashMap<RequestId, Pending>,
+    next_request: u64,
+    twin: Option<carry::Twin>,
+}
+
+impl Interceptor {
+    /// An interceptor for the filter behind `listener`.
+    ///
+    /// # Errors
+    /// `EMFILE`.
+    pub fn new(listener: OwnedFd, config: InterceptorConfig) -> io::Result<Self> {
+        let listener = Listener::new(listener);
+        if !listener.synchronous_wake_up() {
+            tracing::debug!("this kernel has no synchronous wake-up of supervisors (Linux 6.6 has)");
+        }
+        Ok(Self {
+            listener,
+            config,
+            threads: Threads::default(),
+            epolls: EpollTable::default(),
+            duplicated: VecDeque::new(),
+            interrupted: VecDeque::new(),
+            translations: VecDeque::new(),
+            reservations: listen::Reservations::new()?,
+            pending: HashMap::new(),
+            next_request: 0,
+            twin: None,
+        })
+    }
+
+    /// Readable when a call waits. Poll it directly (not through epoll): then the kernel can hand over on the
+    /// caller's core.
+    pub fn poll_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    /// Answers one call that waits; call it again while [`Self::poll_fd`] is readable.
+    pub fn serve(&mut self, link: &mut dyn BrokerLink) -> Served {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        for _ in 0..CALLS_PER_TURN {
+            match self.listener.receive() {
+                Ok(Some(notification)) => self.handle(notification, link),
+                Ok(None) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot receive a notification");
+                    return Served::Idle;
+                }
+            }
+            let mut polled = [PollFd::new(&self.listener, PollFlags::IN)];
+            let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+            if !matches!(poll(&mut polled, Some(&zero)), Ok(1..)) {
+                return Served::Idle;
+            }
+            let [polled] = polled;
+            if !polled.revents().contains(PollFlags::IN) {
+                return if polled.revents().contains(PollFlags::HUP) { Served::Ended } else { Served::Idle };
+            }
+        }
+        Served::Idle
+    }
+
+    /// Takes an answer of the broker that came late.
+    pub fn answered(&mut self, id: RequestId, answer: Answer) {
+        let Some(Pending { call, purpose }) = self.pending.remove(&id) else { return };
+        let notification = call.notification.id;
+        let outcome = self.conclude(&call, &purpose, answer);
+        self.respond(notification, &call, &outcome);
+    }
+
+    fn handle(&mut self, notification: Notification, link: &mut dyn BrokerLink) {
+        let outcome = match notification.call {
+            numbers::CONNECT => self.connect(notification, link),
+            numbers::LISTEN => self.listen(notification, link),
+            numbers::BIND => self.bind(notification, link),
+            numbers::GETSOCKNAME => self.getsockname(notification),
+            numbers::EPOLL_CREATE1 => self.epoll_made(notification),
+            #[cfg(target_arch = "x86_64")]
+            numbers::EPOLL_CREATE => self.epoll_made(notification),
+            // dup, dup2, dup3, fcntl(F_DUPFD): the first argument is the descriptor.
+            _ => self.duplicate(notification),
+        };
+        // A target that vanished, or that cannot be looked into, gets what its own kernel says.
+        let outcome = outcome.unwrap_or(Outcome::CONTINUE);
+        if let Outcome::Respond(response) = outcome {
+            // An interrupted caller calls again, or does not care.
+            let _ = self.listener.respond(notification.id, response);
+        }
+    }
+
+    /// Answers a call that was concluded; remembers if its caller was interrupted meanwhile.
+    fn respond(&mut self, notification: u64, call: &Call, outcome: &Outcome) {
+        if let Outcome::Respond(response) = *outcome
+            && self.listener.respond(notification, response).is_err()
+        {
+            tracing::trace!(tid = call.notification.tid, "the caller was interrupted");
+        }
+    }
+
+    /// The socket that a call names as its first argument, if it is a TCP socket.
+    fn tcp_socket(&mut self, notification: Notification) -> io::Result<Option<Call>> {
+        let number = notification.args[0] as i32;
+        let thread = self.threads.get(notification.tid)?;
+        let socket = remote::take_descriptor(thread.descriptor(), number)?;
+        let Ok((domain, kind)) = kso_sys::kind(socket.as_fd()) else { return Ok(None) };
+        let family = match domain {
+            numbers::AF_INET => Family::V4,
+            numbers::AF_INET6 => Family::V6,
+            _ => return Ok(None),
+        };
+        let is_tcp = kind == numbers::SOCK_STREAM
+            && matches!(
+                kso_sys::protocol(socket.as_fd())?,
+                numbers::IPPROTO_TCP | numbers::IPPROTO_MPTCP
+            );
+        Ok(is_tcp.then_some(Call { notification, number, socket, family }))
+    }
+
+    /// Whether a socket is of another network than the sandbox's: it was swapped.
+    fn is_swapped(&self, socket: BorrowedFd<'_>) -> io::Result<bool> {
+        Ok(kso_sys::netns_cookie(socket)? != self.config.netns)
+    }
+
+    fn defaults(&self, family: Family) -> &Defaults {
+        let [v4, v6] = &self.config.defaults;
+        match family {
+            Family::V4 => v4,
+            Family::V6 => v6,
+        }
+    }
+
+    /// Asks the broker, and concludes the call if it answers at once.
+    fn ask(
+        &mut self,
+        call: Call,
+        purpose: Purpose,
+        request: Request,
+        link: &mut dyn BrokerLink,
+    ) -> io::Result<Outcome> {
+        if self.pending.len() >= MAX_PENDING {
+            return Ok(Outcome::error(kso_wire::Errno::ENOBUFS));
+        }
+        // What was read from memory came from this caller only if it waits still.
+        if !self.listener.is_valid(call.notification.id) {
+            return Ok(Outcome::Gone);
+        }
+        let Thread { process, program, .. } = self.threads.get(call.notification.tid)?;
+        let caller = Caller { pid: *process, program: program.clone() };
+        self.next_request += 1;
+        let id = RequestId::interceptor(self.next_request);
+        Ok(match link.submit(id, &caller, request) {
+            Submitted::Done(answer) => self.conclude(&call, &purpose, answer),
+            Submitted::Pending => {
+                self.pending.insert(id, Pending { call, purpose });
+                Outcome::Later
+            }
+        })
+    }
+
+    fn conclude(&mut self, call: &Call, purpose: &Purpose, answer: Answer) -> Outcome {
+        let result = match purpose {
+            Purpose::Connect { nonblocking } => self.connected(call, *nonblocking, answer),
+            Purpose::Listen { inner } => self.listening(call, *inner, answer),
+            Purpose::Reserve { wanted } => self.reserved(call, *wanted, answer),
+        };
+        result.unwrap_or_else(|error| {
+            tracing::debug!(%error, tid = call.notification.tid, "a call could not be concluded");
+            Outcome::Gone
+        })
+    }
+
+    /// Remembers that a socket has several descriptors, if it could be swapped later.
+    fn duplicate(&mut self, notification: Notification) -> io::Result<Outcome> {
+        let number = notification.args[0] as i32;
+        let process = self.threads.get(notification.tid)?.process;
+        if self.epolls.contains(process, number) {
+            self.epolls.changed(process);
+        }
+        if let Some(call) = self.tcp_socket(notification)?
+            && !self.is_swapped(call.socket.as_fd())?
+            && kso_sys::tcp_state(call.socket.as_fd())? == connect::CLOSED
+        {
+            let cookie = kso_sys::cookie(call.socket.as_fd())?;
+            remember(&mut self.duplicated, cookie, MAX_DUPLICATED);
+        }
+        Ok(Outcome::CONTINUE)
+    }
+
+    fn epoll_made(&mut self, notification: Notification) -> io::Result<Outcome> {
+        let process = self.threads.get(notification.tid)?.process;
+        self.epolls.changed(process);
+        Ok(Outcome::CONTINUE)
+    }
+}
+
+/// Adds to a bounded queue: the oldest falls out.
+fn remember<T: PartialEq>(queue: &mut VecDeque<T>, value: T, limit: usize) {
+    if !queue.contains(&value) {
+        if queue.len() >= limit {
+            queue.pop_front();
+        }
+        queue.push_back(value);
+    }
+}
+
+/// Takes out of such a queue. Whether it was there.
+fn recall<T: PartialEq>(queue: &mut VecDeque<T>, value: &T) -> bool {
+    let before = queue.len();
+    queue.retain(|other| other != value);
+    queue.len() != before
+}

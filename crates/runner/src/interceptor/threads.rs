@@ -1,0 +1,177 @@
+//! Threads that called, and what is known of their processes.
+//!
+//! A thread is named by its number only while it lives, so every look-up asks its descriptor whether it still
+//! does: a number that was given to another thread since is opened anew. All tables have bounds; what falls
+//! out of one is looked up again.
+
+use kso_sys::remote;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, open};
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// So many threads are remembered, a descriptor each.
+const MAX_THREADS: usize = 256;
+/// So many processes are remembered.
+const MAX_PROCESSES: usize = 256;
+/// A program's name is read again after this time: exec changes it.
+const NAME_AGE: Duration = Duration::from_secs(1);
+
+/// A thread of the sandbox.
+#[derive(Debug)]
+pub struct Thread {
+    /// Its number in our pid namespace.
+    pub tid: u32,
+    /// The number of its process.
+    pub process: u32,
+    /// The name of what it runs.
+    pub program: String,
+    descriptor: OwnedFd,
+    named: Instant,
+    used: u64,
+}
+
+impl Thread {
+    fn open(tid: u32, now: Instant) -> io::Result<Self> {
+        // Only a leader can be opened as a process: that also tells whether it is one.
+        let (descriptor, process) = match remote::open_process(tid) {
+            Ok(descriptor) => (descriptor, tid),
+            Err(_) => {
+                let process = process_of(tid)?;
+                (remote::open_thread(tid).or_else(|_| remote::open_process(process))?, process)
+            }
+        };
+        Ok(Self { tid, process, program: name_of(tid), descriptor, named: now, used: 0 })
+    }
+
+    /// The thread's descriptor (pidfd_open(2)).
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        use std::os::fd::AsFd;
+        self.descriptor.as_fd()
+    }
+
+    fn has_ended(&self) -> bool {
+        let mut polled = [PollFd::new(&self.descriptor, PollFlags::IN)];
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        !matches!(poll(&mut polled, Some(&zero)), Ok(0))
+    }
+}
+
+fn process_of(tid: u32) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok())
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+fn name_of(tid: u32) -> String {
+    let mut name = fs::read(format!("/proc/{tid}/comm"))
+        .map(|bytes| String::from_utf8_lossy(&bytes).trim_end().to_owned())
+        .unwrap_or_default();
+    while name.len() > kso_wire::MAX_PROGRAM {
+        name.pop();
+    }
+    name
+}
+
+/// The threads that called lately.
+#[derive(Debug, Default)]
+pub struct Threads {
+    known: HashMap<u32, Thread>,
+    clock: u64,
+}
+
+impl Threads {
+    /// The thread of this number.
+    ///
+    /// # Errors
+    /// `ESRCH`: it is gone.
+    pub fn get(&mut self, tid: u32) -> io::Result<&Thread> {
+        self.clock += 1;
+        let now = Instant::now();
+        if self.known.get(&tid).is_none_or(Thread::has_ended) {
+            self.known.remove(&tid);
+            if self.known.len() >= MAX_THREADS {
+                self.forget_oldest();
+            }
+            self.known.insert(tid, Thread::open(tid, now)?);
+        }
+        let thread = self.known.get_mut(&tid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        thread.used = self.clock;
+        if now.duration_since(thread.named) > NAME_AGE {
+            thread.program = name_of(tid);
+            thread.named = now;
+        }
+        Ok(thread)
+    }
+
+    /// Drops the older half: one pass makes room for many.
+    fn forget_oldest(&mut self) {
+        let mut ages: Vec<u64> = self.known.values().map(|thread| thread.used).collect();
+        ages.sort_unstable();
+        if let Some(&median) = ages.get(ages.len() / 2) {
+            self.known.retain(|_, thread| thread.used > median);
+        }
+    }
+}
+
+/// Which descriptors of a process are epoll instances.
+#[derive(Debug, Default)]
+pub struct EpollTable {
+    known: HashMap<u32, Vec<i32>>,
+}
+
+impl EpollTable {
+    /// The process made one, or copied a descriptor of one: look again.
+    pub fn changed(&mut self, process: u32) {
+        self.known.remove(&process);
+    }
+
+    /// Whether the process has this epoll descriptor, as far as is known.
+    pub fn contains(&self, process: u32, number: i32) -> bool {
+        self.known.get(&process).is_some_and(|numbers| numbers.contains(&number))
+    }
+
+    /// The epoll descriptors of a process. Scanned once; kept until [`Self::changed`].
+    pub fn of(&mut self, process: u32) -> &mut Vec<i32> {
+        if self.known.len() >= MAX_PROCESSES && !self.known.contains_key(&process) {
+            self.known.clear();
+        }
+        self.known.entry(process).or_insert_with(|| {
+            scan(process, |target| target == "anon_inode:[eventpoll]").unwrap_or_default()
+        })
+    }
+}
+
+/// The descriptors of `process` whose link in `/proc/PID/fd` satisfies `wanted`, in ascending order.
+///
+/// # Errors
+/// The process is gone.
+pub fn scan(process: u32, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<i32>> {
+    let path = format!("/proc/{process}/fd");
+    let directory = open(&path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(&path)? {
+        let name = entry?.file_name();
+        let Some(number) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        // A descriptor closed meanwhile has no link: pass over it.
+        if let Ok(target) = rustix::fs::readlinkat(&directory, &name, Vec::new())
+            && target.to_str().is_ok_and(&wanted)
+        {
+            numbers.push(number);
+        }
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// Whether a descriptor of a thread closes on exec. `None`: it has no such descriptor.
+pub fn closes_on_exec(tid: u32, number: i32) -> Option<bool> {
+    let info = fs::read_to_string(format!("/proc/{tid}/fdinfo/{number}")).ok()?;
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    Some(u32::from_str_radix(flags.trim(), 8).ok()? & kso_sys::numbers::O_CLOEXEC != 0)
+}

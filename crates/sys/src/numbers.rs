@@ -1,0 +1,49 @@
+//! Numbers of the kernel's interface, for crates that do not depend on libc.
+
+macro_rules! calls {
+    ($($(#[$attribute:meta])* $name:ident = $number:ident;)*) => {
+        $($(#[$attribute])* #[doc = concat!("`", stringify!($number), "`")] pub const $name: i64 = libc::$number as i64;)*
+    };
+}
+
+calls! {
+    CONNECT = SYS_connect;
+    LISTEN = SYS_listen;
+    BIND = SYS_bind;
+    GETSOCKNAME = SYS_getsockname;
+    DUP = SYS_dup;
+    #[cfg(target_arch = "x86_64")]
+    DUP2 = SYS_dup2;
+    DUP3 = SYS_dup3;
+    FCNTL = SYS_fcntl;
+    #[cfg(target_arch = "x86_64")]
+    EPOLL_CREATE = SYS_epoll_create;
+    EPOLL_CREATE1 = SYS_epoll_create1;
+    SENDTO = SYS_sendto;
+    SENDMSG = SYS_sendmsg;
+    SENDMMSG = SYS_sendmmsg;
+    IO_URING_SETUP = SYS_io_uring_setup;
+}
+
+/// `F_DUPFD` (fcntl(2)).
+pub const F_DUPFD: u32 = libc::F_DUPFD as u32;
+/// `F_DUPFD_CLOEXEC` (fcntl(2)).
+pub const F_DUPFD_CLOEXEC: u32 = libc::F_DUPFD_CLOEXEC as u32;
+/// `MSG_FASTOPEN` (tcp(7)).
+pub const MSG_FASTOPEN: u32 = libc::MSG_FASTOPEN as u32;
+/// `EOPNOTSUPP`.
+pub const EOPNOTSUPP: u16 = libc::EOPNOTSUPP as u16;
+/// `ENOSYS`.
+pub const ENOSYS: u16 = libc::ENOSYS as u16;
+/// `AF_INET`.
+pub const AF_INET: i32 = libc::AF_INET;
+/// `AF_INET6`.
+pub const AF_INET6: i32 = libc::AF_INET6;
+/// `SOCK_STREAM`.
+pub const SOCK_STREAM: i32 = libc::SOCK_STREAM;
+/// `IPPROTO_TCP`.
+pub const IPPROTO_TCP: i32 = libc::IPPROTO_TCP;
+/// `IPPROTO_MPTCP`: falls back to TCP with a peer that has none, as ours does.
+pub const IPPROTO_MPTCP: i32 = 262;
+/// `O_CLOEXEC`, as `/proc/PID/fdinfo` shows it.
+pub const O_CLOEXEC: u32 = libc::O_CLOEXEC as u32;
