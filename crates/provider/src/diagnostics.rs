@@ -25,6 +25,9 @@ const INODE: usize = 68;
 const COOKIE: usize = 44;
 /// `TCP_LISTEN`.
 const LISTEN: u8 = 10;
+/// States in which the other end's FIN came: `CLOSE_WAIT`, `LAST_ACK`, `CLOSING`; and `CLOSE`, which does not
+/// tell: nearly all connections end so, and of one that was reset a byte goes uncounted.
+const FINISHED: [u8; 4] = [8, 9, 11, 7];
 /// `IPPROTO_TCP`.
 const TCP: u8 = 6;
 /// Every state but closed, waiting ones (12: `NEW_SYN_RECV`, 6: `TIME_WAIT`) left out: those are no program's.
@@ -69,12 +72,13 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    fn parse(info: &[u8]) -> Self {
+    /// `finished`: the other end sent its FIN, which the kernel counts as a byte received.
+    fn parse(info: &[u8], finished: bool) -> Self {
         // Offsets in struct tcp_info; what an older kernel does not have reads as 0.
         let (acknowledged, received) = (long(info, 120).unwrap_or(0), long(info, 128).unwrap_or(0));
         let (sent, repeated) = (long(info, 200).unwrap_or(0), long(info, 208).unwrap_or(0));
         Self {
-            bytes_in: received,
+            bytes_in: received.saturating_sub(finished.into()),
             bytes_out: sent.saturating_sub(repeated),
             segments_in: number(info, 140).unwrap_or(0),
             established: acknowledged > 0 || received > 0,
@@ -99,7 +103,7 @@ fn parse(message: Message<'_>) -> Option<Socket> {
     };
     let traffic = attributes(body.get(HEADER..)?)
         .find(|(kind, _)| *kind == INFO)
-        .map_or_else(Traffic::default, |(_, info)| Traffic::parse(info));
+        .map_or_else(Traffic::default, |(_, info)| Traffic::parse(info, FINISHED.contains(&state)));
     Some(Socket {
         cookie: long(body, COOKIE)?,
         inode: number(body, INODE)?,
