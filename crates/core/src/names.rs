@@ -187,3 +187,139 @@ impl NameMemory {
         self.by_end.is_empty()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn names(memory: &NameMemory, address: &str, now: Instant) -> Vec<String> {
+        let mut names = Vec::new();
+        memory.names_of(address.parse().unwrap(), now, &mut names);
+        let mut names: Vec<String> = names.into_iter().map(str::to_owned).collect();
+        names.sort_unstable();
+        names
+    }
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn normal_names() {
+        assert_eq!(normal("Example.ORG.").as_deref(), Some("example.org"));
+        assert_eq!(normal("_dmarc.x-y.example").as_deref(), Some("_dmarc.x-y.example"));
+        let long = format!("{}.example", "a".repeat(64));
+        let very_long = "a.".repeat(130);
+        for name in ["", ".", "..", "a..b", ".a", "a b", "a\\.b", "é.example", "a\0b", &long, &very_long] {
+            assert_eq!(normal(name), None, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_holds_for_its_ttl_and_at_least_ten_minutes() {
+        let start = Instant::now();
+        let mut memory = NameMemory::new(10);
+        memory.remember("Short.example.", &[address("192.0.2.1")], Duration::ZERO, start);
+        memory.remember("long.example", &[address("192.0.2.1")], 60 * MINUTE, start);
+        memory.remember(
+            "ever.example",
+            &[address("192.0.2.2")],
+            Duration::from_secs(u64::from(u32::MAX)),
+            start,
+        );
+        assert_eq!(names(&memory, "192.0.2.1", start + 9 * MINUTE), ["long.example", "short.example"]);
+        assert_eq!(names(&memory, "::ffff:192.0.2.1", start), ["long.example", "short.example"]);
+        assert_eq!(names(&memory, "192.0.2.1", start + 10 * MINUTE), ["long.example"]);
+        assert!(names(&memory, "192.0.2.1", start + 60 * MINUTE).is_empty());
+        assert!(names(&memory, "192.0.2.2", start + MOST_LIFE).is_empty());
+        assert!(names(&memory, "192.0.2.3", start).is_empty());
+    }
+
+    #[test]
+    fn asked_again_it_holds_longer_and_never_shorter() {
+        let start = Instant::now();
+        let mut memory = NameMemory::new(10);
+        memory.remember("a.example", &[address("192.0.2.1")], 60 * MINUTE, start);
+        memory.remember("a.example", &[address("192.0.2.1")], MINUTE, start + MINUTE);
+        assert_eq!(names(&memory, "192.0.2.1", start + 50 * MINUTE), ["a.example"]);
+        memory.remember("a.example", &[address("192.0.2.1")], 60 * MINUTE, start + 50 * MINUTE);
+        assert_eq!(names(&memory, "192.0.2.1", start + 100 * MINUTE), ["a.example"]);
+        assert_eq!(memory.len(), 1);
+        memory.remember("b.example", &[], MINUTE, start + 110 * MINUTE);
+        assert!(memory.is_empty(), "what ended is let go");
+    }
+
+    #[test]
+    fn it_is_bounded() {
+        let start = Instant::now();
+        let mut memory = NameMemory::new(100);
+        for n in 0..1000_u32 {
+            let addresses = [IpAddr::from(n.to_be_bytes()), address("192.0.2.1")];
+            memory.remember(
+                &format!("n{n}.example"),
+                &addresses,
+                MINUTE,
+                start + n * Duration::from_millis(1),
+            );
+            assert!(memory.len() <= 100);
+        }
+        assert_eq!(names(&memory, "192.0.2.1", start).len(), 50);
+        assert_eq!(memory.by_address.len(), 51);
+        let mut memory = NameMemory::new(1000);
+        for n in 0..1000_u32 {
+            memory.remember(&format!("n{n}.example"), &[address("192.0.2.1")], MINUTE, start);
+        }
+        assert_eq!(names(&memory, "192.0.2.1", start).len(), MAX_NAMES_PER_ADDRESS);
+        assert_eq!(memory.len(), MAX_NAMES_PER_ADDRESS);
+        let mut none = NameMemory::new(0);
+        none.remember("a.example", &[address("192.0.2.1")], MINUTE, start);
+        assert!(none.is_empty() && none.by_address.is_empty());
+    }
+
+    #[test]
+    fn the_hosts_file() {
+        let start = Instant::now();
+        let mut memory = NameMemory::new(10);
+        memory.load_hosts("old 1.2.3.4\n");
+        memory.load_hosts(
+            "127.0.0.1 localhost # me\n\n# a comment\n192.0.2.7\tNAS.lan nas\n::1 localhost\nnonsense\n192.0.2.8 nas nas",
+        );
+        assert_eq!(memory.addresses_of("nas"), [address("192.0.2.7"), address("192.0.2.8")]);
+        assert_eq!(memory.addresses_of("nas.LAN."), [address("192.0.2.7")]);
+        assert_eq!(memory.addresses_of("localhost"), [address("127.0.0.1"), address("::1")]);
+        assert!(memory.addresses_of("me").is_empty());
+        assert_eq!(names(&memory, "192.0.2.7", start), ["nas", "nas.lan"]);
+        memory.remember("nas", &[address("192.0.2.7")], MINUTE, start);
+        assert_eq!(names(&memory, "192.0.2.7", start), ["nas", "nas.lan"]);
+    }
+
+    proptest! {
+        #[test]
+        fn both_indexes_agree(steps in proptest::collection::vec((0..8_u8, 0..8_u8, 0..40_u32, 0..30_u32), 0..200)) {
+            let mut now = Instant::now();
+            let mut memory = NameMemory::new(12);
+            for (name, host, ttl, wait) in steps {
+                now += wait * MINUTE;
+                memory.remember(&format!("n{name}.example"), &[IpAddr::from([192, 0, 2, host])], ttl * MINUTE, now);
+                let entries: usize = memory.by_address.values().map(Vec::len).sum();
+                prop_assert_eq!(entries, memory.by_end.len());
+                prop_assert!(entries <= 12);
+                prop_assert!(memory.by_address.values().all(|entries| !entries.is_empty()));
+                for (until, (address, name)) in &memory.by_end {
+                    let entries = memory.by_address.get(address);
+                    prop_assert!(entries.unwrap().iter().any(|entry| entry.until == *until && entry.name == *name));
+                }
+                prop_assert_eq!(names(&memory, &format!("192.0.2.{host}"), now).is_empty(), false);
+            }
+        }
+
+        #[test]
+        fn no_hosts_file_panics(text in "\\PC*") {
+            NameMemory::new(1).load_hosts(&text);
+        }
+    }
+}

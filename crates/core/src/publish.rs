@@ -84,7 +84,7 @@ fn address(text: &str) -> Result<(Option<IpAddr>, usize), Wrong> {
         // One colon at most belongs to the ports.
         let ports = match text.match_indices(':').count() {
             0 => return Ok((None, 0)),
-            1 if !text.ends_with(":all") && !text.starts_with(|c: char| c == '*') && !text.contains('.') => {
+            1 if !text.ends_with(":all") && !text.starts_with('*') && !text.contains('.') => {
                 return Ok((None, 0));
             }
             1 => text.find(':').unwrap_or_default(),

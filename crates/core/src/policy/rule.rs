@@ -62,6 +62,12 @@ impl Rule {
         if let Some((at, c)) = text.char_indices().find(|(_, c)| c.is_whitespace() || c.is_control()) {
             return Err((at..at + c.len_utf8(), "a rule has no blanks in it".into()));
         }
+        if let Some(at) = text.find("://") {
+            return Err((
+                at..at + 3,
+                "a rule is no URL: write the host and the port, example.org:443".into(),
+            ));
+        }
         let mut reader = Reader { text, at: 0 };
         let subject = subject(&mut reader)?;
         let (ports, ports_at) = match reader.after(':') {
