@@ -4,7 +4,7 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ pub struct Cmd {
     pub(crate) environment: Vec<(String, String)>,
     pub(crate) directory: Option<String>,
     pub(crate) stdin: Vec<u8>,
+    pub(crate) hold: bool,
     pub(crate) limit: Duration,
 }
 
@@ -26,6 +27,7 @@ pub fn argv<S: Into<String>>(words: impl IntoIterator<Item = S>) -> Cmd {
         environment: Vec::new(),
         directory: None,
         stdin: Vec::new(),
+        hold: false,
         limit: Duration::from_secs(60),
     }
 }
@@ -54,6 +56,13 @@ impl Cmd {
     #[must_use]
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = bytes.into();
+        self
+    }
+
+    /// With standard input that stays open until [`Running::release`].
+    #[must_use]
+    pub fn hold(mut self) -> Self {
+        self.hold = true;
         self
     }
 
@@ -199,6 +208,7 @@ type Shared = Arc<Mutex<Vec<u8>>>;
 pub struct Running {
     child: Child,
     argv: Vec<String>,
+    stdin: Option<ChildStdin>,
     stdout: Shared,
     stderr: Shared,
     readers: Vec<JoinHandle<()>>,
@@ -225,11 +235,21 @@ impl Running {
         if let Some(pipe) = child.stderr.take() {
             readers.push(collect(pipe, stderr.clone()));
         }
-        if let Some(mut pipe) = child.stdin.take() {
+        let mut stdin = child.stdin.take();
+        if let Some(mut pipe) = stdin.take_if(|_| !cmd.hold) {
             let bytes = cmd.stdin.clone();
             std::thread::spawn(move || pipe.write_all(&bytes));
         }
-        Self { child, argv: cmd.argv.clone(), stdout, stderr, readers, start: Instant::now(), ended: false }
+        Self {
+            child,
+            argv: cmd.argv.clone(),
+            stdin,
+            stdout,
+            stderr,
+            readers,
+            start: Instant::now(),
+            ended: false,
+        }
     }
 
     /// Its process id: of kso itself when it runs under kso (`ip netns exec` executes in place).
@@ -244,6 +264,16 @@ impl Running {
     /// Sends a signal to the process alone.
     pub fn signal(&self, signal: Signal) {
         let _ = kill_process(self.raw(), signal);
+    }
+
+    /// Writes to a standard input that is held open.
+    pub fn send(&mut self, text: &str) {
+        self.stdin.as_mut().expect("held").write_all(text.as_bytes()).expect("it reads");
+    }
+
+    /// Closes a standard input that is held open.
+    pub fn release(&mut self) {
+        self.stdin = None;
     }
 
     /// What it wrote so far.
@@ -289,6 +319,7 @@ impl Running {
 
     /// Waits for its end; kills its process group at the limit.
     pub fn finish(mut self, limit: Duration) -> Output {
+        self.stdin = None;
         let mut status = None;
         while self.start.elapsed() < limit {
             if let Ok(Some(ended)) = self.child.try_wait() {

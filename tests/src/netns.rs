@@ -109,10 +109,10 @@ impl Netns {
         let mut found = Vec::new();
         for line in tables.iter().flat_map(|table| table.lines().skip(1)) {
             let fields: Vec<&str> = line.split_whitespace().collect();
-            if let (Some(local), Some(&"0A")) = (fields.get(1), fields.get(3)) {
-                if let Some((address, port)) = local.split_once(':') {
-                    found.push((address.to_owned(), u16::from_str_radix(port, 16).unwrap_or(0)));
-                }
+            if let (Some(local), Some(&"0A")) = (fields.get(1), fields.get(3))
+                && let Some((address, port)) = local.split_once(':')
+            {
+                found.push((address.to_owned(), u16::from_str_radix(port, 16).unwrap_or(0)));
             }
         }
         found
