@@ -22,13 +22,13 @@ const QUEUE_LENGTH: u32 = 2048;
 /// Index of `lo` in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 const LOOPBACK: u32 = 1;
 
-/// Makes a TUN device in the network namespace of the calling thread, with virtio-net headers if asked for
-/// and known to the kernel. The descriptor is not yet non-blocking.
+/// Makes a TUN device in the network namespace of the calling thread, with virtio-net headers if the kernel
+/// knows them. The descriptor is not yet non-blocking.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN` in the namespace; `ENOENT` or `ENXIO` without the tun driver; `EBUSY` if
 /// the name is taken.
-pub fn create(name: &str, offload: bool) -> io::Result<OwnedFd> {
+pub fn create(name: &str) -> io::Result<OwnedFd> {
     // SAFETY: a NUL-terminated literal.
     let raw = unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
     if raw < 0 {
@@ -38,11 +38,10 @@ pub fn create(name: &str, offload: bool) -> io::Result<OwnedFd> {
     let fd = unsafe { OwnedFd::from_raw_fd(raw) };
     let plain = libc::IFF_TUN | libc::IFF_NO_PI;
     let mut request = request(name)?;
-    if offload {
-        request.ifr_ifru.ifru_flags = (plain | libc::IFF_VNET_HDR) as libc::c_short;
-        if device_ioctl(fd.as_fd(), libc::TUNSETIFF, &mut request).is_ok() {
-            return Ok(fd);
-        }
+    request.ifr_ifru.ifru_flags = (plain | libc::IFF_VNET_HDR) as libc::c_short;
+    match device_ioctl(fd.as_fd(), libc::TUNSETIFF, &mut request) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+        done => return done.map(|()| fd),
     }
     request.ifr_ifru.ifru_flags = plain as libc::c_short;
     device_ioctl(fd.as_fd(), libc::TUNSETIFF, &mut request)?;
@@ -84,7 +83,8 @@ impl Tun {
         // SAFETY: plain fcntl on a live descriptor.
         let status = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
         // SAFETY: as above.
-        if status < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, status | libc::O_NONBLOCK) } < 0 {
+        if status < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, status | libc::O_NONBLOCK) } < 0
+        {
             return Err(io::Error::last_os_error());
         }
         Ok(Self { fd, vnet_header, segments })
@@ -130,8 +130,7 @@ fn device_ioctl(fd: BorrowedFd<'_>, code: libc::Ioctl, request: &mut libc::ifreq
 
 fn set_offload(fd: BorrowedFd<'_>, flags: libc::c_uint) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its flags by value.
-    let result =
-        unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -284,9 +283,7 @@ impl Batch {
         while answered < self.optional.len() {
             let mut buffer = [0_u8; 8192];
             // SAFETY: the kernel writes at most the buffer's length.
-            let got = unsafe {
-                libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0)
-            };
+            let got = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
             if got < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -309,7 +306,11 @@ fn acknowledgement(bytes: &[u8]) -> Option<(u32, i32, &[u8])> {
     let field = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
     let length = field(0)? as usize;
     let (sequence, error) = (field(8)?, field(size_of::<libc::nlmsghdr>())?);
-    Some((sequence, -(error as i32), bytes.get(length.max(size_of::<libc::nlmsghdr>())..).unwrap_or_default()))
+    Some((
+        sequence,
+        -(error as i32),
+        bytes.get(length.max(size_of::<libc::nlmsghdr>())..).unwrap_or_default(),
+    ))
 }
 
 /// What rtnetlink says where IPv6 is not built in, or switched off by `disable_ipv6`.
