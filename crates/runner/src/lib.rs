@@ -9,6 +9,6 @@ pub mod interceptor;
 pub mod remote_link;
 pub mod sandbox;
 
-pub use interceptor::{Interceptor, InterceptorConfig, Publishing, Served};
+pub use interceptor::{Interceptor, InterceptorConfig, Publishing};
 pub use remote_link::RemoteLink;
 pub use sandbox::{Sandbox, SandboxConfig, SandboxError};

@@ -74,7 +74,8 @@ impl RemoteLink {
             buffer: vec![0; MAX_MESSAGE],
             lost: false,
         };
-        let bytes = encode(&ToBroker::Hello(hello)).map_err(|error| LinkError::Protocol(error.to_string()))?;
+        let bytes =
+            encode(&ToBroker::Hello(hello)).map_err(|error| LinkError::Protocol(error.to_string()))?;
         send(&link.socket, &bytes, SendFlags::NOSIGNAL).map_err(io::Error::from)?;
         let timeout = Timespec { tv_sec: WELCOME_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
         let mut polled = [PollFd::new(&link.socket, PollFlags::IN)];

@@ -13,11 +13,12 @@ pub mod notify;
 pub mod numbers;
 pub mod options;
 pub mod process;
+pub mod provide;
 pub mod remote;
 pub mod tun;
 
 mod socket;
 pub use socket::{
-    MAX_ADDRESS, RawAddress, address_bytes, address_from_raw, address_to_raw, bind, cookie, kind, local_address,
-    netns_cookie, peer_address, protocol, tcp_state,
+    MAX_ADDRESS, RawAddress, address_bytes, address_from_raw, address_to_raw, bind, cookie, domain,
+    local_address, netns_cookie, peer_address, protocol, tcp_state,
 };

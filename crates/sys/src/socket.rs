@@ -69,15 +69,12 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     get(socket, libc::SOL_SOCKET, SO_NETNS_COOKIE)
 }
 
-/// Domain and type of a socket (`SO_DOMAIN`, `SO_TYPE`; socket(7)).
+/// Domain of a socket: `AF_INET`, ... (`SO_DOMAIN`; socket(7)).
 ///
 /// # Errors
 /// `ENOTSOCK`.
-pub fn kind(socket: BorrowedFd<'_>) -> io::Result<(i32, i32)> {
-    Ok((
-        get::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)?,
-        get::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_TYPE)?,
-    ))
+pub fn domain(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    get(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)
 }
 
 /// Protocol of a socket (`SO_PROTOCOL`).

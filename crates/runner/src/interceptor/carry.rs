@@ -44,8 +44,12 @@ pub fn parse(fdinfo: &str, epoll: RawFd, number: RawFd, inode: u64) -> Option<Re
                 _ => {}
             }
         }
-        (target == number && ino.is_none_or(|ino| ino == inode))
-            .then_some(Registration { epoll, number, events: events?, data: data? })
+        (target == number && ino.is_none_or(|ino| ino == inode)).then_some(Registration {
+            epoll,
+            number,
+            events: events?,
+            data: data?,
+        })
     })
 }
 
@@ -119,8 +123,7 @@ impl std::fmt::Debug for Twin {
 fn perform(job: &Job) -> io::Result<()> {
     let number = job.registration.number;
     let (instance, old, new) = {
-        let target = remote::open_thread(job.tid)
-            .or_else(|_| remote::open_process(job.tid))?;
+        let target = remote::open_thread(job.tid).or_else(|_| remote::open_process(job.tid))?;
         let main = remote::open_process(std::process::id())?;
         (
             elsewhere(remote::take_descriptor(target.as_fd(), job.registration.epoll)?, number)?,
@@ -177,8 +180,7 @@ mod tests {
         };
         let twin = Twin::start().unwrap();
         twin.carry(std::process::id(), registration, old.as_fd(), new.as_fd()).unwrap();
-        let fdinfo =
-            std::fs::read_to_string(format!("/proc/self/fdinfo/{}", instance.as_raw_fd())).unwrap();
+        let fdinfo = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", instance.as_raw_fd())).unwrap();
         let inode = rustix::fs::fstat(&new).unwrap().st_ino;
         assert!(parse(&fdinfo, instance.as_raw_fd(), old.as_raw_fd(), inode).is_some(), "{fdinfo}");
     }

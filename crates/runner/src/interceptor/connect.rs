@@ -47,10 +47,7 @@ impl Interceptor {
         let state = tcp_state(socket)?;
         let nonblocking = rustix::fs::fcntl_getfl(socket)?.contains(OFlags::NONBLOCK);
         if self.is_swapped(socket)? {
-            if state == SYN_SENT
-                && nonblocking
-                && recall(&mut self.interrupted, &kso_sys::cookie(socket)?)
-            {
+            if state == SYN_SENT && nonblocking && recall(&mut self.interrupted, &kso_sys::cookie(socket)?) {
                 return Ok(Outcome::error(Errno::EINPROGRESS));
             }
             // Under way, established, or failed with an error not yet fetched: the kernel knows what to say.

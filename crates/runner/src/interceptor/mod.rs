@@ -31,7 +31,8 @@ use kso_sys::notify::{Listener, Notification, Response};
 use kso_sys::options::Defaults;
 use kso_sys::{numbers, remote};
 use kso_wire::{
-    Answer, BrokerLink, Caller, Family, LoopbackMode, MAX_PENDING, Request, RequestId, Submitted, TunAddresses,
+    Answer, BrokerLink, Caller, Family, LoopbackMode, MAX_PENDING, Request, RequestId, Submitted,
+    TunAddresses,
 };
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -39,8 +40,6 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use threads::{EpollTable, Thread, Threads};
 
-/// So many calls are answered before the loop looks at other things.
-const CALLS_PER_TURN: usize = 64;
 /// So many sockets with several descriptors are remembered.
 const MAX_DUPLICATED: usize = 1024;
 /// So many listeners are remembered for `getsockname`.
@@ -72,15 +71,6 @@ pub struct InterceptorConfig {
     pub netns: u64,
     /// Options of its fresh TCP sockets: IPv4, IPv6.
     pub defaults: [Defaults; 2],
-}
-
-/// How a turn ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Served {
-    /// Nothing waits now.
-    Idle,
-    /// Nothing will come any more: no process of the sandbox is left.
-    Ended,
 }
 
 /// What to do with a call now.
@@ -178,30 +168,14 @@ impl Interceptor {
         self.listener.as_fd()
     }
 
-    /// Answers one call that waits; call it again while [`Self::poll_fd`] is readable.
-    pub fn serve(&mut self, link: &mut dyn BrokerLink) -> Served {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        for _ in 0..CALLS_PER_TURN {
-            match self.listener.receive() {
-                Ok(Some(notification)) => self.handle(notification, link),
-                Ok(None) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::warn!(%error, "cannot receive a notification");
-                    return Served::Idle;
-                }
-            }
-            let mut polled = [PollFd::new(&self.listener, PollFlags::IN)];
-            let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-            if !matches!(poll(&mut polled, Some(&zero)), Ok(1..)) {
-                return Served::Idle;
-            }
-            let [polled] = polled;
-            if !polled.revents().contains(PollFlags::IN) {
-                return if polled.revents().contains(PollFlags::HUP) { Served::Ended } else { Served::Idle };
-            }
+    /// Answers one call that waits. One at a time, so that nothing else of the loop starves.
+    pub fn serve(&mut self, link: &mut dyn BrokerLink) {
+        match self.listener.receive() {
+            Ok(Some(notification)) => self.handle(notification, link),
+            Ok(None) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => tracing::warn!(%error, "cannot receive a notification"),
         }
-        Served::Idle
     }
 
     /// Takes an answer of the broker that came late.
@@ -213,7 +187,7 @@ impl Interceptor {
     }
 
     fn handle(&mut self, notification: Notification, link: &mut dyn BrokerLink) {
-        let outcome = match notification.call {
+        let outcome = self.threads.get(notification.tid).map(drop).and_then(|()| match notification.call {
             numbers::CONNECT => self.connect(notification, link),
             numbers::LISTEN => self.listen(notification, link),
             numbers::BIND => self.bind(notification, link),
@@ -223,7 +197,7 @@ impl Interceptor {
             numbers::EPOLL_CREATE => self.epoll_made(notification),
             // dup, dup2, dup3, fcntl(F_DUPFD): the first argument is the descriptor.
             _ => self.duplicate(notification),
-        };
+        });
         // A target that vanished, or that cannot be looked into, gets what its own kernel says.
         let outcome = outcome.unwrap_or(Outcome::CONTINUE);
         if let Outcome::Respond(response) = outcome {
@@ -244,19 +218,15 @@ impl Interceptor {
     /// The socket that a call names as its first argument, if it is a TCP socket.
     fn tcp_socket(&mut self, notification: Notification) -> io::Result<Option<Call>> {
         let number = notification.args[0] as i32;
-        let thread = self.threads.get(notification.tid)?;
+        let thread = self.threads.again(notification.tid)?;
         let socket = remote::take_descriptor(thread.descriptor(), number)?;
-        let Ok((domain, kind)) = kso_sys::kind(socket.as_fd()) else { return Ok(None) };
-        let family = match domain {
-            numbers::AF_INET => Family::V4,
-            numbers::AF_INET6 => Family::V6,
+        let family = match kso_sys::domain(socket.as_fd()) {
+            Ok(numbers::AF_INET) => Family::V4,
+            Ok(numbers::AF_INET6) => Family::V6,
             _ => return Ok(None),
         };
-        let is_tcp = kind == numbers::SOCK_STREAM
-            && matches!(
-                kso_sys::protocol(socket.as_fd())?,
-                numbers::IPPROTO_TCP | numbers::IPPROTO_MPTCP
-            );
+        let is_tcp =
+            matches!(kso_sys::protocol(socket.as_fd())?, numbers::IPPROTO_TCP | numbers::IPPROTO_MPTCP);
         Ok(is_tcp.then_some(Call { notification, number, socket, family }))
     }
 
@@ -288,7 +258,7 @@ impl Interceptor {
         if !self.listener.is_valid(call.notification.id) {
             return Ok(Outcome::Gone);
         }
-        let Thread { process, program, .. } = self.threads.get(call.notification.tid)?;
+        let Thread { process, program, .. } = self.threads.again(call.notification.tid)?;
         let caller = Caller { pid: *process, program: program.clone() };
         self.next_request += 1;
         let id = RequestId::interceptor(self.next_request);
@@ -316,7 +286,7 @@ impl Interceptor {
     /// Remembers that a socket has several descriptors, if it could be swapped later.
     fn duplicate(&mut self, notification: Notification) -> io::Result<Outcome> {
         let number = notification.args[0] as i32;
-        let process = self.threads.get(notification.tid)?.process;
+        let process = self.threads.again(notification.tid)?.process;
         if self.epolls.contains(process, number) {
             self.epolls.changed(process);
         }
@@ -331,7 +301,7 @@ impl Interceptor {
     }
 
     fn epoll_made(&mut self, notification: Notification) -> io::Result<Outcome> {
-        let process = self.threads.get(notification.tid)?.process;
+        let process = self.threads.again(notification.tid)?.process;
         self.epolls.changed(process);
         Ok(Outcome::CONTINUE)
     }

@@ -1,10 +1,10 @@
 //! Putting a host socket in place of the program's own.
 
 use super::carry::{self, Registration, Twin};
-use super::threads::{closes_on_exec, scan};
+use super::threads::scan;
 use super::{Call, Interceptor, recall};
 use kso_sys::remote;
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::fs::{OFlags, fcntl_setfl, fstat};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -12,26 +12,21 @@ impl Interceptor {
     /// Puts `outer` under every descriptor that the caller's process has of the call's socket, with the
     /// socket's blocking mode, each descriptor's close-on-exec flag and its epoll registrations.
     pub(super) fn swap(&mut self, call: &Call, outer: BorrowedFd<'_>, nonblocking: bool) -> io::Result<()> {
-        let flags = fcntl_getfl(outer)?;
-        if flags.contains(OFlags::NONBLOCK) != nonblocking {
-            fcntl_setfl(outer, flags ^ OFlags::NONBLOCK)?;
+        // A fresh socket has no other flag that can be set.
+        fcntl_setfl(outer, if nonblocking { OFlags::NONBLOCK } else { OFlags::empty() })?;
+        let tid = call.notification.tid;
+        let process = self.threads.again(tid)?.process;
+        let mut numbers = vec![call.number];
+        if !self.duplicated.is_empty() && recall(&mut self.duplicated, &kso_sys::cookie(call.socket.as_fd())?)
+        {
+            let link = format!("socket:[{}]", fstat(&call.socket)?.st_ino);
+            numbers = scan(process, |target| target == link)?;
         }
-        let (tid, process) = {
-            let thread = self.threads.get(call.notification.tid)?;
-            (thread.tid, thread.process)
-        };
-        let inode = fstat(&call.socket)?.st_ino;
-        let cookie = kso_sys::cookie(call.socket.as_fd())?;
-        let numbers = if recall(&mut self.duplicated, &cookie) {
-            let link = format!("socket:[{inode}]");
-            scan(process, |target| target == link)?
-        } else {
-            vec![call.number]
-        };
-        let registrations = self.registrations(process, &numbers, inode);
+        let registrations = self.registrations(process, &numbers, call.socket.as_fd())?;
+        let thread = self.threads.again(tid)?;
         for &number in &numbers {
             // A descriptor that was closed meanwhile must not come back.
-            let Some(close_on_exec) = closes_on_exec(tid, number) else { continue };
+            let Some(close_on_exec) = thread.closes_on_exec(number) else { continue };
             self.listener.replace(call.notification.id, outer, number.unsigned_abs(), close_on_exec)?;
         }
         for registration in registrations {
@@ -55,9 +50,18 @@ impl Interceptor {
     }
 
     /// The epoll registrations of `numbers` in `process`.
-    fn registrations(&mut self, process: u32, numbers: &[i32], inode: u64) -> Vec<Registration> {
+    fn registrations(
+        &mut self,
+        process: u32,
+        numbers: &[i32],
+        socket: BorrowedFd<'_>,
+    ) -> io::Result<Vec<Registration>> {
         let mut found = Vec::new();
         let epolls = self.epolls.of(process);
+        if epolls.is_empty() {
+            return Ok(found);
+        }
+        let inode = fstat(socket)?.st_ino;
         epolls.retain(|&epoll| {
             for &number in numbers {
                 match remote::in_epoll(process, epoll, number) {
@@ -73,6 +77,6 @@ impl Interceptor {
             }
             true
         });
-        found
+        Ok(found)
     }
 }

@@ -6,7 +6,7 @@
 
 use kso_sys::remote;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fs::{Mode, OFlags, open, openat};
 use std::collections::HashMap;
 use std::fs;
 use std::io;
@@ -30,6 +30,8 @@ pub struct Thread {
     /// The name of what it runs.
     pub program: String,
     descriptor: OwnedFd,
+    /// `/proc/TID/fdinfo`.
+    fdinfo: OwnedFd,
     named: Instant,
     used: u64,
 }
@@ -44,7 +46,8 @@ impl Thread {
                 (remote::open_thread(tid).or_else(|_| remote::open_process(process))?, process)
             }
         };
-        Ok(Self { tid, process, program: name_of(tid), descriptor, named: now, used: 0 })
+        let fdinfo = directory(&format!("/proc/{tid}/fdinfo"))?;
+        Ok(Self { tid, process, program: name_of(tid), descriptor, fdinfo, named: now, used: 0 })
     }
 
     /// The thread's descriptor (pidfd_open(2)).
@@ -53,11 +56,28 @@ impl Thread {
         self.descriptor.as_fd()
     }
 
+    /// Whether a descriptor of the thread closes on exec. `None`: it has no such descriptor.
+    pub fn closes_on_exec(&self, number: i32) -> Option<bool> {
+        let info = openat(&self.fdinfo, number.to_string(), READ, Mode::empty()).ok()?;
+        // The flags are in the second line: proc_pid_fdinfo(5).
+        let mut bytes = [0; 64];
+        let length = rustix::io::read(&info, &mut bytes).ok()?;
+        let text = std::str::from_utf8(bytes.get(..length)?).ok()?;
+        let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        Some(u32::from_str_radix(flags.trim(), 8).ok()? & kso_sys::numbers::O_CLOEXEC != 0)
+    }
+
     fn has_ended(&self) -> bool {
         let mut polled = [PollFd::new(&self.descriptor, PollFlags::IN)];
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         !matches!(poll(&mut polled, Some(&zero)), Ok(0))
     }
+}
+
+const READ: OFlags = OFlags::RDONLY.union(OFlags::CLOEXEC);
+
+fn directory(path: &str) -> io::Result<OwnedFd> {
+    Ok(open(path, READ | OFlags::DIRECTORY, Mode::empty())?)
 }
 
 fn process_of(tid: u32) -> io::Result<u32> {
@@ -109,6 +129,17 @@ impl Threads {
         Ok(thread)
     }
 
+    /// The thread of this number, which [`Self::get`] found alive and whose call still waits.
+    ///
+    /// # Errors
+    /// `ESRCH`: it is gone.
+    pub fn again(&mut self, tid: u32) -> io::Result<&Thread> {
+        if self.known.contains_key(&tid) {
+            return self.known.get(&tid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound));
+        }
+        self.get(tid)
+    }
+
     /// Drops the older half: one pass makes room for many.
     fn forget_oldest(&mut self) {
         let mut ages: Vec<u64> = self.known.values().map(|thread| thread.used).collect();
@@ -141,9 +172,9 @@ impl EpollTable {
         if self.known.len() >= MAX_PROCESSES && !self.known.contains_key(&process) {
             self.known.clear();
         }
-        self.known.entry(process).or_insert_with(|| {
-            scan(process, |target| target == "anon_inode:[eventpoll]").unwrap_or_default()
-        })
+        self.known
+            .entry(process)
+            .or_insert_with(|| scan(process, |target| target == "anon_inode:[eventpoll]").unwrap_or_default())
     }
 }
 
@@ -153,7 +184,7 @@ impl EpollTable {
 /// The process is gone.
 pub fn scan(process: u32, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<i32>> {
     let path = format!("/proc/{process}/fd");
-    let directory = open(&path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let directory = directory(&path)?;
     let mut numbers = Vec::new();
     for entry in fs::read_dir(&path)? {
         let name = entry?.file_name();
@@ -167,11 +198,4 @@ pub fn scan(process: u32, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<i32>>
     }
     numbers.sort_unstable();
     Ok(numbers)
-}
-
-/// Whether a descriptor of a thread closes on exec. `None`: it has no such descriptor.
-pub fn closes_on_exec(tid: u32, number: i32) -> Option<bool> {
-    let info = fs::read_to_string(format!("/proc/{tid}/fdinfo/{number}")).ok()?;
-    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
-    Some(u32::from_str_radix(flags.trim(), 8).ok()? & kso_sys::numbers::O_CLOEXEC != 0)
 }

@@ -62,7 +62,10 @@ fn prepare(config: &SandboxConfig, channel: &Channel) -> Result<(), String> {
     step("set up the network", tun::configure(TUN, &config.tun, MTU))?;
     sysctls();
     let fresh = |family| {
-        step("make a socket", socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(Into::into))
+        step(
+            "make a socket",
+            socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(Into::into),
+        )
     };
     let (v4, v6): (OwnedFd, OwnedFd) = (fresh(AddressFamily::INET)?, fresh(AddressFamily::INET6)?);
     step("report", channel.send(Message::Ready, &[tun.as_fd(), v4.as_fd(), v6.as_fd()]))
@@ -71,7 +74,9 @@ fn prepare(config: &SandboxConfig, channel: &Channel) -> Result<(), String> {
 fn open_tun() -> Result<OwnedFd, String> {
     tun::create(TUN).map_err(|error| {
         let advice = match error.kind() {
-            io::ErrorKind::NotFound => "\nload the tun module: modprobe tun (in a container: --device /dev/net/tun)",
+            io::ErrorKind::NotFound => {
+                "\nload the tun module: modprobe tun (in a container: --device /dev/net/tun)"
+            }
             io::ErrorKind::PermissionDenied => {
                 "\nthis user may not open /dev/net/tun: chmod 0666 /dev/net/tun, as most systems have it"
             }

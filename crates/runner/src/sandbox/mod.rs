@@ -86,7 +86,9 @@ fn advice(error: &io::Error) -> &'static str {
             "the limit of namespaces is reached, or is 0: raise it with\n  \
              sysctl -w user.max_user_namespaces=10000 (and user.max_net_namespaces)"
         }
-        Errno::EINVAL | Errno::ENOSYS => "this kernel lacks a kind of namespace (CONFIG_USER_NS, CONFIG_NET_NS)",
+        Errno::EINVAL | Errno::ENOSYS => {
+            "this kernel lacks a kind of namespace (CONFIG_USER_NS, CONFIG_NET_NS)"
+        }
         _ => "see user_namespaces(7)",
     }
 }
