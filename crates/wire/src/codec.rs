@@ -1,10 +1,14 @@
 //! Bytes of a message: one datagram of a `SOCK_SEQPACKET` socket, or one frame of a stream.
 //!
 //! A message is `postcard`, preceded by nothing: the transport keeps boundaries. Every length is bounded by
-//! [`MAX_MESSAGE`] and by the bounds in [`crate::message`], which [`decode`] checks after parsing.
+//! [`MAX_MESSAGE`] and by the bounds in [`crate::message`]: those of lists hold while a message is read
+//! ([`at_most`]), the others are checked by [`decode`] after it. The scope of an IPv6 address is not carried: the
+//! number of an interface means nothing on another kernel.
 
 use crate::message::{self, ToBroker, ToRunner};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::Serialize;
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error, SeqAccess, Visitor};
+use std::marker::PhantomData;
 
 /// Version of this protocol. A peer with another one is refused by name, not by misunderstanding.
 pub const VERSION: u16 = 1;
@@ -98,7 +102,8 @@ pub fn encode<M: Serialize + Bounded>(message: &M) -> Result<Vec<u8>, CodecError
 /// The message in `bytes`: exactly one.
 ///
 /// # Errors
-/// See [`CodecError`]. Never panics, never allocates more than a small multiple of the input.
+/// See [`CodecError`]. Never panics. Texts and bytes take no more memory than their input, and lists stop
+/// at their bound ([`at_most`]) before they are made: together less than twice [`MAX_MESSAGE`].
 pub fn decode<M: DeserializeOwned + Bounded>(bytes: &[u8]) -> Result<M, CodecError> {
     if bytes.len() > MAX_MESSAGE {
         return Err(CodecError::TooLong(bytes.len()));
@@ -112,3 +117,32 @@ pub fn decode<M: DeserializeOwned + Bounded>(bytes: &[u8]) -> Result<M, CodecErr
         None => Ok(message),
     }
 }
+
+/// Reads a list of at most `MOST` elements, and allocates for no more than that, whatever the sender claims.
+pub(crate) fn at_most<'de, T, D, const MOST: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    struct List<T, const MOST: usize>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for List<T, MOST> {
+        type Value = Vec<T>;
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "a list of at most {MOST}")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+            let mut elements = Vec::with_capacity(list.size_hint().unwrap_or(0).min(MOST));
+            while let Some(element) = list.next_element()? {
+                if elements.len() == MOST {
+                    return Err(A::Error::custom("too many"));
+                }
+                elements.push(element);
+            }
+            Ok(elements)
+        }
+    }
+    deserializer.deserialize_seq(List::<T, MOST>(PhantomData))
+}
+
+#[cfg(test)]
+mod tests;

@@ -149,10 +149,12 @@ pub struct Hello {
     /// The first process of the sandbox, as the host numbers it; 0 when there is none on this host.
     pub pid: u32,
     /// Rules of this session in the syntax of `--allow` and `--deny`, in order: `(allow, text)`.
+    #[serde(deserialize_with = "crate::codec::at_most::<_, _, MAX_RULES>")]
     pub rules: Vec<(bool, String)>,
     /// Nothing outside may be reached at all.
     pub no_net: bool,
     /// What is published.
+    #[serde(deserialize_with = "crate::codec::at_most::<_, _, MAX_RULES>")]
     pub publish: Vec<Publication>,
     /// Where loopback is.
     pub loopback: LoopbackMode,

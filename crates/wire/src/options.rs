@@ -91,7 +91,9 @@ pub struct SocketOption {
 
 /// The options that differ from a fresh socket's, in the order in which they are to be applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SocketOptions(Vec<SocketOption>);
+pub struct SocketOptions(
+    #[serde(deserialize_with = "crate::codec::at_most::<_, _, { SocketOptions::MAX }>")] Vec<SocketOption>,
+);
 
 impl SocketOptions {
     /// At most so many options are carried; a message with more is refused.
