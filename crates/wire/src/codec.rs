@@ -1,9 +1,9 @@
 //! Bytes of a message: one datagram of a `SOCK_SEQPACKET` socket, or one frame of a stream.
 //!
 //! A message is `postcard`, preceded by nothing: the transport keeps boundaries. Every length is bounded by
-//! [`MAX_MESSAGE`] and by the bounds in [`crate::message`]: those of lists hold while a message is read
-//! ([`at_most`]), the others are checked by [`decode`] after it. The scope of an IPv6 address is not carried: the
-//! number of an interface means nothing on another kernel.
+//! [`MAX_MESSAGE`] and by the bounds in [`crate::message`]: those of lists hold while a message is
+//! read, the others are checked by [`decode`] after it. The scope of an IPv6 address is not carried: the number
+//! of an interface means nothing on another kernel.
 
 use crate::message::{self, ToBroker, ToRunner};
 use serde::Serialize;
@@ -103,7 +103,7 @@ pub fn encode<M: Serialize + Bounded>(message: &M) -> Result<Vec<u8>, CodecError
 ///
 /// # Errors
 /// See [`CodecError`]. Never panics. Texts and bytes take no more memory than their input, and lists stop
-/// at their bound ([`at_most`]) before they are made: together less than twice [`MAX_MESSAGE`].
+/// at their bound before they are made: together less than twice [`MAX_MESSAGE`].
 pub fn decode<M: DeserializeOwned + Bounded>(bytes: &[u8]) -> Result<M, CodecError> {
     if bytes.len() > MAX_MESSAGE {
         return Err(CodecError::TooLong(bytes.len()));
