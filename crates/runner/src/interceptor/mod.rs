@@ -181,9 +181,11 @@ impl Interceptor {
     /// Takes an answer of the broker that came late.
     pub fn answered(&mut self, id: RequestId, answer: Answer) {
         let Some(Pending { call, purpose }) = self.pending.remove(&id) else { return };
-        let notification = call.notification.id;
-        let outcome = self.conclude(&call, &purpose, answer);
-        self.respond(notification, &call, &outcome);
+        let notification = call.notification;
+        // Others may have pushed it out of the table meanwhile.
+        let known = self.threads.get(notification.tid).map(drop);
+        let outcome = known.map_or(Outcome::CONTINUE, |()| self.conclude(&call, &purpose, answer));
+        self.respond(notification, &outcome);
     }
 
     fn handle(&mut self, notification: Notification, link: &mut dyn BrokerLink) {
@@ -200,18 +202,15 @@ impl Interceptor {
         });
         // A target that vanished, or that cannot be looked into, gets what its own kernel says.
         let outcome = outcome.unwrap_or(Outcome::CONTINUE);
-        if let Outcome::Respond(response) = outcome {
-            // An interrupted caller calls again, or does not care.
-            let _ = self.listener.respond(notification.id, response);
-        }
+        self.respond(notification, &outcome);
     }
 
-    /// Answers a call that was concluded; remembers if its caller was interrupted meanwhile.
-    fn respond(&mut self, notification: u64, call: &Call, outcome: &Outcome) {
+    fn respond(&self, notification: Notification, outcome: &Outcome) {
         if let Outcome::Respond(response) = *outcome
-            && self.listener.respond(notification, response).is_err()
+            && self.listener.respond(notification.id, response).is_err()
         {
-            tracing::trace!(tid = call.notification.tid, "the caller was interrupted");
+            // It calls again, or does not care.
+            tracing::trace!(tid = notification.tid, "the caller was interrupted");
         }
     }
 
@@ -278,8 +277,9 @@ impl Interceptor {
             Purpose::Reserve { wanted } => self.reserved(call, *wanted, answer),
         };
         result.unwrap_or_else(|error| {
-            tracing::debug!(%error, tid = call.notification.tid, "a call could not be concluded");
-            Outcome::Gone
+            // Unswapped, the socket goes by the TUN: slower, but under the same policy.
+            tracing::debug!(%error, tid = call.notification.tid, "a socket could not be swapped");
+            Outcome::CONTINUE
         })
     }
 

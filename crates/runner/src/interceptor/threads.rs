@@ -23,9 +23,7 @@ const NAME_AGE: Duration = Duration::from_secs(1);
 /// A thread of the sandbox.
 #[derive(Debug)]
 pub struct Thread {
-    /// Its number in our pid namespace.
-    pub tid: u32,
-    /// The number of its process.
+    /// The number of its process, in our pid namespace.
     pub process: u32,
     /// The name of what it runs.
     pub program: String,
@@ -47,7 +45,7 @@ impl Thread {
             }
         };
         let fdinfo = directory(&format!("/proc/{tid}/fdinfo"))?;
-        Ok(Self { tid, process, program: name_of(tid), descriptor, fdinfo, named: now, used: 0 })
+        Ok(Self { process, program: name_of(tid), descriptor, fdinfo, named: now, used: 0 })
     }
 
     /// The thread's descriptor (pidfd_open(2)).
@@ -129,15 +127,15 @@ impl Threads {
         Ok(thread)
     }
 
-    /// The thread of this number, which [`Self::get`] found alive and whose call still waits.
+    /// The thread of this number, which [`Self::get`] found alive for the same call.
     ///
     /// # Errors
-    /// `ESRCH`: it is gone.
-    pub fn again(&mut self, tid: u32) -> io::Result<&Thread> {
-        if self.known.contains_key(&tid) {
-            return self.known.get(&tid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound));
+    /// `ENOENT`: it fell out of the table meanwhile.
+    pub fn again(&self, tid: u32) -> io::Result<&Thread> {
+        match self.known.get(&tid) {
+            Some(thread) => Ok(thread),
+            None => Err(io::Error::from_raw_os_error(kso_sys::errno::to_raw(kso_wire::Errno::ENOENT))),
         }
-        self.get(tid)
     }
 
     /// Drops the older half: one pass makes room for many.
