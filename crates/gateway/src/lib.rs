@@ -2,6 +2,11 @@
 //! kernel.
 #![forbid(unsafe_code)]
 
+mod dns;
+mod packet;
+mod reassembly;
+mod table;
+
 use kso_sys::tun::Tun;
 use kso_wire::{Answer, BrokerLink, Publication, RequestId, TunAddresses};
 use rustix::event::epoll;
