@@ -158,7 +158,7 @@ fn send(mut stream: TcpStream, window: Window) -> io::Result<Count> {
 
 fn fetch(mut stream: TcpStream, window: Window) -> io::Result<Count> {
     let mut buffer = vec![0; BULK_LEN];
-    let mut meter = Meter::start(window);
+    let mut meter = Meter::fixed(window);
     loop {
         let bytes = stream.read(&mut buffer)?;
         if bytes == 0 || !meter.add(bytes) {
@@ -340,8 +340,7 @@ fn udp_down(to: SocketAddr, size: u32, window: Window) -> Result<Outcome> {
             let Some(header) = buffer.get(..length).and_then(Datagram::decode) else { continue };
             match header.tag {
                 Tag::Blast if header.run == run => {
-                    let whole = Window { warm_up: server::WARM_UP, length: Duration::from_secs(3600) };
-                    meter.get_or_insert_with(|| Meter::start(whole)).add(length);
+                    meter.get_or_insert_with(|| Meter::open_ended(server::WARM_UP)).add(length);
                 }
                 Tag::End if header.run == run => {
                     let count = meter.map(|meter| meter.count()).unwrap_or_default();

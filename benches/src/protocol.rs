@@ -148,8 +148,8 @@ impl Count {
 #[derive(Debug)]
 pub struct Meter {
     opens: Instant,
-    closes: Instant,
-    /// When the first counted bytes came, which themselves are not counted: they belong to the time before.
+    /// None: open to the last that comes (datagrams, whose end is not known in time).
+    closes: Option<Instant>,
     first: Option<Instant>,
     last: Instant,
     bytes: u64,
@@ -157,10 +157,15 @@ pub struct Meter {
 }
 
 impl Meter {
-    pub fn start(window: Window) -> Meter {
+    /// For a stream: a fixed window, so that a stream that stalls within it counts as slow.
+    pub fn fixed(window: Window) -> Meter {
+        Meter { closes: Some(Instant::now() + window.total()), ..Meter::open_ended(window.warm_up) }
+    }
+
+    /// For datagrams: from the first after `warm_up` to the last.
+    pub fn open_ended(warm_up: Duration) -> Meter {
         let now = Instant::now();
-        let opens = now + window.warm_up;
-        Meter { opens, closes: opens + window.length, first: None, last: now, bytes: 0, datagrams: 0 }
+        Meter { opens: now + warm_up, closes: None, first: None, last: now, bytes: 0, datagrams: 0 }
     }
 
     /// Notes that `bytes` came; false once the window has closed.
@@ -170,25 +175,23 @@ impl Meter {
         if now < self.opens {
             return true;
         }
-        if now > self.closes && self.first.is_some() {
+        if self.closes.is_some_and(|closes| now > closes) {
             return false;
         }
-        if self.first.is_none() {
-            self.first = Some(now);
-        } else {
-            self.bytes += bytes as u64;
-        }
+        self.first.get_or_insert(now);
         self.last = now;
+        self.bytes += bytes as u64;
         true
     }
 
     pub fn count(&self) -> Count {
-        let nanos = self.first.map_or(0, |first| (self.last - first).as_nanos());
-        Count {
-            bytes: self.bytes,
-            nanos: u64::try_from(nanos).unwrap_or(u64::MAX),
-            datagrams: self.datagrams,
-        }
+        let time = match (self.closes, self.first) {
+            (Some(closes), _) => closes - self.opens,
+            (None, Some(first)) => self.last - first,
+            (None, None) => Duration::ZERO,
+        };
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Count { bytes: self.bytes, nanos, datagrams: self.datagrams }
     }
 }
 

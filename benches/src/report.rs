@@ -76,7 +76,7 @@ pub fn again(output: &Path, kso: Option<&Path>, date: Option<String>) -> Result<
     let samples = Samples::load(&output.join(DATA))?;
     ensure!(!samples.is_empty(), "no data in {}", output.display());
     let beside = std::env::current_exe()?.with_file_name("kso");
-    write(output, &samples, &Facts::gather(kso.unwrap_or(&beside), date, 500), &[])
+    write(output, &samples, &Facts::gather(kso.unwrap_or(&beside), date, 400), &[])
 }
 
 pub fn write(output: &Path, samples: &Samples, facts: &Facts, failures: &[String]) -> Result<()> {

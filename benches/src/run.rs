@@ -30,7 +30,7 @@ pub struct Args {
     /// Repetitions of native and kso [default: 11, or 3 with --quick]
     #[arg(long)]
     repetitions: Option<u32>,
-    /// Milliseconds measured in each repetition [default: 500, or 250 with --quick]
+    /// Milliseconds measured in each repetition [default: 400, or 250 with --quick]
     #[arg(long)]
     millis: Option<u64>,
     /// Where client and server run, instead of what each row says
@@ -99,7 +99,7 @@ pub fn run(args: &Args) -> Result<()> {
     // A relative path must hold in the sandboxes too.
     let kso = kso.canonicalize().unwrap_or(kso);
     let tools = Tools { kso, this, scratch: scratch.path().to_owned() };
-    let millis = args.millis.unwrap_or(if args.quick { 250 } else { 500 });
+    let millis = args.millis.unwrap_or(if args.quick { 250 } else { 400 });
     let bench = Bench::new(tools, millis, args.pin);
     let mut session = Session { args, with_kso: bench.tools.kso.exists(), samples: Samples::default() };
     if !session.with_kso {

@@ -111,7 +111,7 @@ fn echo(stream: &mut TcpStream, size: u32) -> io::Result<()> {
 /// Reads until the end of the stream and counts what came in the window.
 pub fn receive(stream: &mut TcpStream, window: Window) -> io::Result<Count> {
     let mut buffer = vec![0; BULK_LEN];
-    let mut meter = Meter::start(window);
+    let mut meter = Meter::fixed(window);
     loop {
         match stream.read(&mut buffer)? {
             0 => return Ok(meter.count()),
@@ -140,8 +140,7 @@ fn serve_datagrams(socket: &UdpSocket) {
                     blast.meter.add(length);
                 }
                 _ => {
-                    let window = Window { warm_up: WARM_UP, length: Duration::from_secs(3600) };
-                    let mut meter = Meter::start(window);
+                    let mut meter = Meter::open_ended(WARM_UP);
                     meter.add(length);
                     blast = Some(Blast { run: header.run, meter });
                 }
