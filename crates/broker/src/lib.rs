@@ -1,1 +1,35 @@
+//! Sessions, policy, names, metrics and the host provider behind one event loop.
+//!
+//! A [`Broker`] serves the requests of runners and gateways (`kso_wire`): it decides what the rules of a
+//! session permit (`kso_core::policy`), has the external kernel do it (`kso_provider`), resolves names, and tells
+//! those who watch. It is [`Embedded`] in `kso run`, or a daemon of its own ([`serve`]).
+//!
+//! It knows nothing of system calls, packets or the sandbox: only of addresses and names.
 #![forbid(unsafe_code)]
+
+mod broker;
+mod config;
+mod control;
+pub mod dns;
+mod embedded;
+mod eyes;
+mod flows;
+mod listeners;
+mod metrics;
+mod names;
+mod publish;
+mod report;
+mod route;
+mod runtime;
+mod session;
+mod streams;
+mod totals;
+mod track;
+
+pub use broker::Broker;
+pub use config::{BrokerConfig, BrokerError, Control};
+pub use embedded::Embedded;
+pub use eyes::{Lost, Question, event_line};
+pub use report::{ConnectionReport, ListenerReport, Report, SessionReport};
+pub use runtime::{control_sockets, runtime_directory};
+pub use session::SessionId;

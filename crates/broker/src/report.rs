@@ -1,0 +1,178 @@
+//! What `kso ps` shows.
+
+use crate::session::Session;
+use kso_provider::diagnostics::{self, Socket};
+use kso_provider::processes;
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::time::SystemTime;
+
+/// Most connections of a session that are listed.
+const MAX_CONNECTIONS: usize = 10_000;
+
+/// The answer to [`crate::Question::Ps`]: one JSON line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The broker's process.
+    pub broker: u32,
+    /// Its sessions.
+    pub sessions: Vec<SessionReport>,
+}
+
+/// A session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SessionReport {
+    /// Its number.
+    pub session: u64,
+    /// The process that runs it.
+    pub pid: u32,
+    /// Its name.
+    pub name: String,
+    /// What it runs.
+    pub command: String,
+    /// Seconds since it began.
+    pub uptime: f64,
+    /// When it began, seconds since 1970.
+    pub started: f64,
+    /// Processes in it.
+    pub processes: usize,
+    /// Streams that it asked for.
+    pub connects: u64,
+    /// Of these, such as failed at once.
+    pub failed: u64,
+    /// What policy refused.
+    pub denied: u64,
+    /// Datagram flows.
+    pub flows: u64,
+    /// Echo flows.
+    pub echoes: u64,
+    /// Names asked for.
+    pub queries: u64,
+    /// Its listeners outside.
+    pub listeners: Vec<ListenerReport>,
+    /// Its connections, as they are now.
+    pub connections: Vec<ConnectionReport>,
+}
+
+/// A published listener.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerReport {
+    /// Its address inside.
+    pub inside: SocketAddr,
+    /// Its address outside.
+    pub outside: SocketAddr,
+    /// Its processes.
+    pub programs: Vec<String>,
+}
+
+/// A connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionReport {
+    /// A process that has it.
+    pub pid: u32,
+    /// Its name.
+    pub program: String,
+    /// `in` came by a listener, `out` was opened inside.
+    pub direction: String,
+    /// Its address outside.
+    pub local: SocketAddr,
+    /// The other end.
+    pub peer: SocketAddr,
+    /// The names by which the session knows that.
+    pub names: Vec<String>,
+    /// `established`, `syn-sent`, ...
+    pub state: String,
+    /// Bytes received.
+    pub bytes_in: u64,
+    /// Bytes sent.
+    pub bytes_out: u64,
+}
+
+/// Looks at the kernel now.
+pub(crate) fn report<'a>(sessions: impl Iterator<Item = &'a mut Session>) -> Report {
+    let mut sockets: HashMap<u32, Socket> = HashMap::new();
+    if let Err(error) = diagnostics::sockets(|socket| {
+        sockets.insert(socket.inode, socket);
+    }) {
+        tracing::warn!(%error, "the kernel's sockets cannot be read");
+    }
+    let mut sessions: Vec<_> = sessions.map(|session| one(session, &sockets)).collect();
+    sessions.sort_by_key(|session| session.session);
+    Report { broker: std::process::id(), sessions }
+}
+
+fn one(session: &mut Session, sockets: &HashMap<u32, Socket>) -> SessionReport {
+    let processes = if session.pid == 0 { Vec::new() } else { processes::tree(session.pid) };
+    let mut listeners: HashMap<u64, ListenerReport> = session
+        .listeners
+        .live()
+        .iter()
+        .map(|one| {
+            (one.cookie, ListenerReport { inside: one.inner, outside: one.outer, programs: Vec::new() })
+        })
+        .collect();
+    let outer: Vec<u16> = listeners.values().map(|listener| listener.outside.port()).collect();
+    let mut connections: HashMap<u64, ConnectionReport> = HashMap::new();
+    for process in &processes {
+        for socket in processes::sockets(process.pid).iter().filter_map(|inode| sockets.get(inode)) {
+            if let Some(listener) = listeners.get_mut(&socket.cookie) {
+                if !listener.programs.contains(&process.program) {
+                    listener.programs.push(process.program.clone());
+                }
+            } else if !socket.listens() && connections.len() < MAX_CONNECTIONS {
+                connections.entry(socket.cookie).or_insert_with(|| ConnectionReport {
+                    pid: process.pid,
+                    program: process.program.clone(),
+                    direction: if outer.contains(&socket.local.port()) { "in" } else { "out" }.into(),
+                    local: socket.local,
+                    peer: socket.peer,
+                    names: session.names_for_people(socket.peer.ip()),
+                    state: state(socket.state).into(),
+                    bytes_in: socket.traffic.bytes_in,
+                    bytes_out: socket.traffic.bytes_out,
+                });
+            }
+        }
+    }
+    let mut listeners: Vec<_> = listeners.into_values().collect();
+    listeners.sort_by_key(|listener| (listener.inside.port(), listener.outside));
+    let mut connections: Vec<_> = connections.into_values().collect();
+    connections.sort_by_key(|connection| (connection.pid, connection.peer, connection.local));
+    let started = session.started_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    SessionReport {
+        session: session.id,
+        pid: session.pid,
+        name: session.name.clone(),
+        command: session.command.clone(),
+        uptime: session.started.elapsed().as_secs_f64(),
+        started: started.as_secs_f64(),
+        // The first is the supervisor itself.
+        processes: processes.len().saturating_sub(1),
+        connects: session.counts.connects,
+        failed: session.counts.failed,
+        denied: session.counts.denied,
+        flows: session.counts.flows,
+        echoes: session.counts.echoes,
+        queries: session.counts.queries,
+        listeners,
+        connections,
+    }
+}
+
+/// As ss(8) names it.
+fn state(state: u8) -> &'static str {
+    match state {
+        1 => "established",
+        2 => "syn-sent",
+        3 => "syn-recv",
+        4 => "fin-wait-1",
+        5 => "fin-wait-2",
+        6 => "time-wait",
+        8 => "close-wait",
+        9 => "last-ack",
+        10 => "listening",
+        11 => "closing",
+        _ => "closed",
+    }
+}
