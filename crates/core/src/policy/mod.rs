@@ -23,6 +23,7 @@ pub(crate) use rule::port;
 
 use crate::names;
 use crate::place::Misplaced;
+use ipnet::IpNet;
 use kso_wire::{LoopbackMode, MAX_RULES, Protocol};
 pub use protected::{Protected, canonical};
 use rule::{Rule, Subject};
@@ -64,7 +65,8 @@ pub struct Target<'a> {
     pub protocol: Protocol,
     /// The names under which this session got the address.
     pub names: &'a [&'a str],
-    /// The address stands for the host's loopback (`host.kso.internal`).
+    /// The address is the host: the gateway's, which stands for the host's loopback and is then named
+    /// [`names::HOST_NAME`], or one of the host's own interfaces, where it serves what it serves on loopback.
     pub host: bool,
 }
 
@@ -207,14 +209,15 @@ impl Policy {
             return Some(Reason::NoNet);
         }
         let place = Place::of(target);
-        let denied = |(rule, _): &&(Rule, Arc<str>)| place.views().any(|view| place.is_matched(rule, view));
+        let denied =
+            |(rule, _): &&(Rule, Arc<str>)| place.denied_views().any(|view| place.is_matched(rule, view));
         if let Some((_, text)) = self.deny.iter().find(denied) {
             return Some(Reason::Rule(text.clone()));
         }
         let external = self.loopback == LoopbackMode::External && place.address.is_loopback();
         if protect && !external {
             for view in place.views() {
-                let Some((what, range)) = protected::protection(view) else { continue };
+                let Some((what, range)) = place.protection(view) else { continue };
                 let lifts = |rule: &&Rule| {
                     place.is_matched(rule, view)
                         && match &rule.subject {
@@ -237,6 +240,10 @@ impl Policy {
 /// A target in normal form.
 struct Place {
     address: IpAddr,
+    /// The other loopback address, if the gateway's was meant: the broker tries both.
+    other: Option<IpAddr>,
+    /// The address is one of the host's interfaces.
+    own: bool,
     port: u16,
     protocol: Protocol,
     names: Vec<String>,
@@ -244,13 +251,16 @@ struct Place {
 
 impl Place {
     fn of(target: &Target<'_>) -> Self {
-        let address = match canonical(target.address) {
-            address if address.is_loopback() || !target.host => address,
-            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        let names: Vec<String> = target.names.iter().filter_map(|name| names::normal(name)).collect();
+        let literal = canonical(target.address);
+        let gateway = target.host && names.iter().any(|name| name == names::HOST_NAME);
+        let (address, other) = match literal {
+            literal if !gateway => (literal, None),
+            IpAddr::V4(_) => (Ipv4Addr::LOCALHOST.into(), Some(Ipv6Addr::LOCALHOST.into())),
+            IpAddr::V6(_) => (Ipv6Addr::LOCALHOST.into(), Some(Ipv4Addr::LOCALHOST.into())),
         };
-        let names = target.names.iter().filter_map(|name| names::normal(name)).collect();
-        Self { address, port: target.port, protocol: target.protocol, names }
+        let own = target.host && !address.is_loopback();
+        Self { address, other, own, port: target.port, protocol: target.protocol, names }
     }
 
     /// The address and those hidden in it.
@@ -258,11 +268,24 @@ impl Place {
         std::iter::once(self.address).chain(protected::embedded(self.address))
     }
 
+    /// And whatever else must not be denied.
+    fn denied_views(&self) -> impl Iterator<Item = IpAddr> {
+        self.views().chain(self.other)
+    }
+
+    /// Why `view` is protected, and the network within which a rule lifts that.
+    fn protection(&self, view: IpAddr) -> Option<(Protected, IpNet)> {
+        if self.own && view == self.address {
+            return Some((Protected::Host, view.into()));
+        }
+        protected::protection(view)
+    }
+
     fn is_matched(&self, rule: &Rule, view: IpAddr) -> bool {
         rule.covers(self.port, self.protocol)
             && match &rule.subject {
                 Subject::Any => true,
-                Subject::Host => view.is_loopback(),
+                Subject::Host => view.is_loopback() || self.own,
                 Subject::Net(net) => net.contains(&view),
                 Subject::Name(_) | Subject::Below(_) => {
                     self.names.iter().any(|name| rule.is_about_name(name))
@@ -273,7 +296,7 @@ impl Place {
     /// The narrowest rule that names `view`.
     fn rule_for(&self, view: IpAddr) -> String {
         let subject = match view {
-            view if view.is_loopback() => "host".to_owned(),
+            view if view.is_loopback() || self.own => "host".to_owned(),
             IpAddr::V4(view) => view.to_string(),
             IpAddr::V6(view) => format!("[{view}]"),
         };

@@ -9,6 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub enum Protected {
     /// 127.0.0.0/8, `::1`, and 0.0.0.0 and `::`, for which Linux takes loopback (`ip(7)`; net/ipv4/route.c).
     HostLoopback,
+    /// An address of one of the host's interfaces.
+    Host,
     /// 169.254.0.0/16 (RFC 3927) and fe80::/10 (RFC 4291, 2.5.6).
     LinkLocal,
     /// Where clouds hand credentials to whoever asks.
@@ -25,6 +27,7 @@ impl fmt::Display for Protected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::HostLoopback => "the host's loopback",
+            Self::Host => "an address of the host",
             Self::LinkLocal => "a link-local address",
             Self::Metadata => "a cloud metadata address",
             Self::Multicast => "a multicast address",

@@ -223,9 +223,32 @@ fn host_is_the_loopback_of_the_host() {
     let denying = with(&["+host", "-host:22"], false, LoopbackMode::Private);
     assert!(denying.decide(&host("198.18.0.1", 23)).is_allow());
     assert!(!denying.decide(&host("198.18.0.1", 22)).is_allow());
+    // The broker may try either loopback: denying one of them denies the gateway.
+    let denying = with(&["+host", "-127.0.0.1:22"], false, LoopbackMode::Private);
+    assert!(!denying.decide(&host("fd6b:736f::1", 22)).is_allow());
     let by_number = with(&["+127.0.0.1:80"], false, LoopbackMode::Private);
     assert!(by_number.decide(&host("198.18.0.1", 80)).is_allow());
     assert!(!by_number.decide(&host("fd6b:736f::1", 80)).is_allow());
+}
+
+#[test]
+fn the_hosts_own_addresses_are_the_host() {
+    let own = |port| Target { host: true, ..tcp("192.0.2.9", port, &["nas.example"]) };
+    let Decision::Deny(reason) = policy(&[]).decide(&own(22)) else { panic!() };
+    assert_eq!(reason.to_string(), "an address of the host is protected: allow it with --allow host:22");
+    for (rules, expected) in [
+        (&["+host:22"][..], true),
+        (&["+192.0.2.9:22"], true),
+        (&["+192.0.2.0/24:22"], false),
+        (&["+127.0.0.1:22"], false),
+        (&["+nas.example"], false),
+        (&["+*"], false),
+        (&["+host", "-192.0.2.0/24"], false),
+        (&["+192.0.2.9", "-host:22"], false),
+    ] {
+        assert_eq!(policy(rules).decide(&own(22)).is_allow(), expected, "{rules:?}");
+    }
+    assert!(!with(&[], false, LoopbackMode::External).decide(&own(22)).is_allow());
 }
 
 #[test]
