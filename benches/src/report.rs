@@ -15,6 +15,8 @@ use crate::stats::{Summary, paired_ratios, summary};
 use crate::svg;
 
 pub const DATA: &str = "sandbox.csv";
+/// The row that is no measurement but says how long each repetition was.
+pub const SETTINGS: &str = "settings";
 const TABLE: &str = "sandbox.md";
 const SOAK_PLOT: &str = "sandbox-soak.svg";
 
@@ -33,7 +35,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    pub fn gather(kso: &Path, date: Option<String>, millis: u64) -> Facts {
+    pub fn gather(kso: &Path, date: Option<String>, samples: &Samples) -> Facts {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpus = read("/proc/cpuinfo");
         let model = cpus.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
@@ -46,7 +48,7 @@ impl Facts {
         let kso = kso.to_string_lossy().into_owned();
         for (name, command) in [
             ("kso", vec![kso.as_str(), "--version"]),
-            ("pasta", vec!["pasta", "--version"]),
+            ("pasta (package passt)", vec!["dpkg-query", "-W", "-f", "${Version}\\n", "passt"]),
             ("slirp4netns", vec!["slirp4netns", "--version"]),
             ("iperf3", vec!["iperf3", "--version"]),
         ] {
@@ -54,7 +56,10 @@ impl Facts {
                 lines.push(format!("- {name}: {version}"));
             }
         }
-        lines.push(format!("- time measured in each repetition: {millis} ms (iperf3: whole seconds)"));
+        if let Some(time) = summary(&samples.values(SETTINGS, "all")) {
+            let millis = time.median;
+            lines.push(format!("- time measured in each repetition: {millis} ms (iperf3: whole seconds)"));
+        }
         lines.extend(date.map(|date| format!("- date: {date}")));
         Facts { lines }
     }
@@ -76,7 +81,7 @@ pub fn again(output: &Path, kso: Option<&Path>, date: Option<String>) -> Result<
     let samples = Samples::load(&output.join(DATA))?;
     ensure!(!samples.is_empty(), "no data in {}", output.display());
     let beside = std::env::current_exe()?.with_file_name("kso");
-    write(output, &samples, &Facts::gather(kso.unwrap_or(&beside), date, 400), &[])
+    write(output, &samples, &Facts::gather(kso.unwrap_or(&beside), date, &samples), &[])
 }
 
 pub fn write(output: &Path, samples: &Samples, facts: &Facts, failures: &[String]) -> Result<()> {

@@ -105,6 +105,7 @@ pub fn run(args: &Args) -> Result<()> {
     if !session.with_kso {
         eprintln!("{} does not exist: kso is left out", bench.tools.kso.display());
     }
+    session.samples.add(report::SETTINGS, "all", 0, millis as f64, "ms");
     let start = Instant::now();
     let mut failures = Vec::new();
     for row in args.rows() {
@@ -122,7 +123,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut samples = if args.only.is_empty() { Samples::default() } else { Samples::load(&path)? };
     samples.replace(session.samples);
     samples.save(&path)?;
-    let facts = report::Facts::gather(&bench.tools.kso, args.date.clone(), millis);
+    let facts = report::Facts::gather(&bench.tools.kso, args.date.clone(), &samples);
     report::write(&output, &samples, &facts, &failures)?;
     println!("{}", report::table(&samples));
     println!("The data, the table and the plots are in {}", output.display());
