@@ -181,6 +181,10 @@ impl Broker {
         Ok(id)
     }
 
+    pub(crate) fn max_sessions(&self) -> usize {
+        self.config.max_sessions
+    }
+
     /// Whether a publication is permitted and its port free.
     fn check(&self, publication: &Publication) -> Result<(), BrokerError> {
         let text = || kso_core::publish::text(publication);

@@ -10,6 +10,7 @@
 mod broker;
 mod config;
 mod control;
+mod daemon;
 pub mod dns;
 mod embedded;
 mod eyes;
@@ -17,6 +18,7 @@ mod flows;
 mod listeners;
 mod metrics;
 mod names;
+mod peer;
 mod publish;
 mod report;
 mod route;
@@ -28,6 +30,7 @@ mod track;
 
 pub use broker::Broker;
 pub use config::{BrokerConfig, BrokerError, Control};
+pub use daemon::{ServeConfig, serve};
 pub use embedded::Embedded;
 pub use eyes::{Lost, Question, event_line};
 pub use report::{ConnectionReport, ListenerReport, Report, SessionReport};
