@@ -1,0 +1,52 @@
+# One command each. `make test` is what CI runs.
+.PHONY: help build test fmt lint docs demo bench fuzz deps install clean
+
+help:
+	@echo 'make build   the kso command, optimized: target/release/kso'
+	@echo 'make test    everything that CI checks: format, lints, licences, docs, unit and end-to-end tests (as root)'
+	@echo 'make demo    kso on real programs, in about a minute (as root)'
+	@echo 'make bench   the figures of docs/bench (as root)'
+	@echo 'make fuzz    each fuzz target for ten minutes (FUZZ_SECONDS=60 for one)'
+	@echo 'make fmt     format the code'
+	@echo 'make deps    install what these need (as root; otherwise says what to install)'
+	@echo 'make install the kso command to $$(PREFIX)/bin, by default /usr/local/bin'
+
+PREFIX ?= /usr/local
+export PATH := $(HOME)/.cache/kso/tools/bin:$(HOME)/.cargo/bin:$(PATH)
+
+build:
+	@scripts/install-deps build
+	cargo build --release --locked -p kso
+
+install: build
+	install -D -m 755 target/release/kso $(DESTDIR)$(PREFIX)/bin/kso
+
+deps:
+	@scripts/install-deps build test demo bench
+
+test:
+	@scripts/test
+
+fmt:
+	cargo fmt --all
+
+lint:
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+docs:
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked
+
+demo: build
+	@scripts/install-deps demo
+	@scripts/demo
+
+bench: build
+	@scripts/install-deps bench
+	cargo run --release --locked -p kso-benches --bin kso-bench -- run
+
+fuzz:
+	@scripts/install-deps build
+	@scripts/fuzz
+
+clean:
+	cargo clean
