@@ -1,1 +1,51 @@
-fn main() {}
+//! The `kso` command: a program runs on one kernel and has its sockets performed by another.
+#![forbid(unsafe_code)]
+
+mod commands;
+mod output;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Run programs whose network is performed by another kernel.
+#[derive(Parser)]
+#[command(name = "kso", version, about, propagate_version = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  kso run -- curl https://example.org            a program in a sandbox, on this host's sockets
+  kso run -p 8080:80 -- nginx -g 'daemon off;'   publish its port 80 as 127.0.0.1:8080
+  kso run --allow '*.debian.org:443' -- bash     reach these names only
+  kso ps                                         what runs, and its connections
+  kso trace                                      each connect, listen, accept, resolve and denial, live";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a program in a sandbox on this host, with no network of its own
+    Run(commands::run::RunArgs),
+    /// Serve sessions of other processes on a unix socket
+    Broker(commands::broker::BrokerArgs),
+    /// List sessions with their listeners and connections
+    Ps(commands::ps::PsArgs),
+    /// Follow what sessions do: one line for each connect, listen, accept, resolve and denial
+    Trace(commands::trace::TraceArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Run(args) => commands::run::run(args),
+        Command::Broker(args) => commands::broker::run(args),
+        Command::Ps(args) => commands::ps::run(args),
+        Command::Trace(args) => commands::trace::run(args),
+    };
+    result.unwrap_or_else(|error| {
+        output::error(&error);
+        // As docker and env do: 125 is our own failure, not the program's.
+        ExitCode::from(125)
+    })
+}

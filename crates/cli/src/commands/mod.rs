@@ -1,0 +1,7 @@
+//! One file per command.
+
+pub mod broker;
+mod control;
+pub mod ps;
+pub mod run;
+pub mod trace;

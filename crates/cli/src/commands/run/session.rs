@@ -1,0 +1,58 @@
+//! The session's broker: in this process, or behind a socket.
+
+use anyhow::Result;
+use kso_broker::{Broker, BrokerConfig, Embedded};
+use kso_runner::RemoteLink;
+use kso_wire::{BrokerLink, Hello};
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::time::Instant;
+
+/// Either.
+pub enum Session {
+    /// Served by this process.
+    Embedded(Box<Embedded>),
+    /// Served by `kso broker`.
+    Remote(Box<RemoteLink>),
+}
+
+impl Session {
+    pub fn embedded(config: BrokerConfig, hello: &Hello) -> Result<Self> {
+        let mut broker = Broker::new(config)?;
+        let session = broker.open_session(hello)?;
+        Ok(Self::Embedded(Box::new(Embedded::new(broker, session))))
+    }
+
+    pub fn remote(path: &Path, hello: Hello) -> Result<Self> {
+        let (link, _) = RemoteLink::open(path, hello)?;
+        Ok(Self::Remote(Box::new(link)))
+    }
+
+    pub fn link(&mut self) -> &mut dyn BrokerLink {
+        match self {
+            Self::Embedded(link) => link.as_mut(),
+            Self::Remote(link) => link.as_mut(),
+        }
+    }
+
+    pub fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Embedded(link) => link.poll_fd(),
+            Self::Remote(link) => link.poll_fd(),
+        }
+    }
+
+    pub fn next_deadline(&self) -> Option<Instant> {
+        match self {
+            Self::Embedded(link) => link.broker().next_deadline(),
+            Self::Remote(_) => None,
+        }
+    }
+
+    /// Serves what is ready in the broker itself.
+    pub fn run_ready(&mut self) {
+        if let Self::Embedded(link) = self {
+            link.broker_mut().run_ready();
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The one loop of `kso run`.
+//!
+//! The notifier is polled directly and everything else through one epoll instance, so that the kernel can
+//! hand a call over on the caller's own core (`SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP`).
+
+use super::session::Session;
+use super::{RunArgs, directory, environment, publishing, resolv_conf};
+use anyhow::{Context, Result};
+use kso_broker::BrokerConfig;
+use kso_gateway::{Gateway, GatewayConfig};
+use kso_runner::{Interceptor, InterceptorConfig, Sandbox, SandboxConfig, interceptor};
+use kso_sys::options::Defaults;
+use kso_sys::process::{self, Signals};
+use kso_wire::{Family, Hello, RequestId};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Signals that are passed on to the program.
+const FORWARDED: &[i32] = &[
+    rustix::process::Signal::HUP.as_raw(),
+    rustix::process::Signal::INT.as_raw(),
+    rustix::process::Signal::QUIT.as_raw(),
+    rustix::process::Signal::TERM.as_raw(),
+    rustix::process::Signal::USR1.as_raw(),
+    rustix::process::Signal::USR2.as_raw(),
+];
+
+/// Directories with sockets by which a program could have names resolved, or sessions opened, past its own
+/// session.
+const HIDDEN: &[&str] = &["/run/systemd/resolve", "/run/nscd", "/var/run/nscd"];
+
+/// So many events are taken at a time.
+const EVENTS: usize = 16;
+
+/// What an event is about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+enum Source {
+    Signals,
+    Ended,
+    Broker,
+    Gateway,
+}
+
+impl Source {
+    const ALL: [Self; 4] = [Self::Signals, Self::Ended, Self::Broker, Self::Gateway];
+
+    fn of(data: u64) -> Option<Self> {
+        Self::ALL.into_iter().find(|source| *source as u64 == data)
+    }
+}
+
+/// Runs the program to its end and tells its status.
+pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
+    let open_files = process::open_files_limit().context("cannot read the limit of open files")?;
+    let publishing = publishing(&hello.publish);
+    let mut hidden: Vec<PathBuf> = HIDDEN.iter().map(PathBuf::from).collect();
+    hidden.push(kso_broker::runtime_directory());
+    let config = SandboxConfig {
+        command: args.command.clone(),
+        directory: directory(args)?,
+        environment: environment(args)?,
+        tun: hello.tun,
+        resolv_conf: resolv_conf(&hello.tun),
+        hidden,
+        filter: interceptor::rules(publishing, args.io_uring),
+        open_files,
+    };
+    // The session comes first: a wrong rule, or a port that is taken, is told before anything starts.
+    let mut session = match &args.broker {
+        Some(path) => Session::remote(path, hello.clone())?,
+        None => {
+            let config =
+                BrokerConfig { trace: args.trace, metrics: args.metrics.clone(), ..BrokerConfig::default() };
+            Session::embedded(config, &hello)?
+        }
+    };
+    let signals = Signals::take(FORWARDED).context("cannot take signals")?;
+    let mut sandbox = Sandbox::start(&config, &signals)?;
+    raise_open_files(open_files);
+
+    let notifier = sandbox.notifier.take().context("the sandbox has no notifier")?;
+    let tun = sandbox.tun.take().context("the sandbox has no TUN")?;
+    let [v4, v6] = &sandbox.fresh;
+    let netns = kso_sys::netns_cookie(v4.as_fd()).context("kso run needs Linux 5.14 or newer")?;
+    let defaults = [Defaults::of(v4.as_fd(), Family::V4), Defaults::of(v6.as_fd(), Family::V6)];
+    let config = InterceptorConfig { tun: hello.tun, loopback: hello.loopback, publishing, netns, defaults };
+    let interceptor = Interceptor::new(notifier, config).context("cannot supervise")?;
+    let config = GatewayConfig { addresses: hello.tun, publish: hello.publish };
+    let mut gateway = Gateway::new(tun, config)?;
+    gateway.start(session.link())?;
+
+    let supervisor = Supervisor {
+        events: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+        session,
+        interceptor,
+        gateway,
+        signals,
+        sandbox,
+    };
+    supervisor.run()
+}
+
+/// Descriptors of connections pass through here, and numbers of the program's are used here: as many as may
+/// be.
+fn raise_open_files((_, hard): (u64, u64)) {
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open")
+        .ok()
+        .and_then(|text| text.trim().parse::<u64>().ok())
+        .unwrap_or(hard);
+    let wanted = most.max(hard);
+    if process::set_open_files_limit(wanted, wanted).is_err() {
+        // Without privilege the hard limit is the end.
+        let _ = process::set_open_files_limit(hard, hard);
+    }
+}
+
+struct Supervisor {
+    events: OwnedFd,
+    session: Session,
+    interceptor: Interceptor,
+    gateway: Gateway,
+    signals: Signals,
+    sandbox: Sandbox,
+}
+
+impl Supervisor {
+    fn run(mut self) -> Result<i32> {
+        self.watch(&self.signals, Source::Signals)?;
+        self.watch(self.sandbox.ended_fd(), Source::Ended)?;
+        self.watch(self.gateway.poll_fd(), Source::Gateway)?;
+        if let Some(descriptor) = self.session.poll_fd() {
+            self.watch(descriptor, Source::Broker)?;
+        }
+        self.sandbox.go()?;
+        let mut supervising = true;
+        loop {
+            let timeout = self.timeout();
+            let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+            let (calls, others) = if supervising {
+                let mut polled = [
+                    PollFd::from_borrowed_fd(self.interceptor.poll_fd(), PollFlags::IN),
+                    PollFd::new(&self.events, PollFlags::IN),
+                ];
+                wait(&mut polled, timeout.as_ref())?;
+                let [calls, others] = polled;
+                (calls.revents(), others.revents())
+            } else {
+                let mut polled = [PollFd::new(&self.events, PollFlags::IN)];
+                wait(&mut polled, timeout.as_ref())?;
+                let [others] = polled;
+                (PollFlags::empty(), others.revents())
+            };
+            if calls.contains(PollFlags::IN) {
+                self.interceptor.serve(self.session.link());
+            } else if calls.intersects(PollFlags::HUP | PollFlags::ERR) {
+                supervising = false;
+            }
+            if others.contains(PollFlags::IN)
+                && let Some(status) = self.serve_others()?
+            {
+                return Ok(status);
+            }
+            self.deliver_answers();
+            self.expire();
+        }
+    }
+
+    fn watch(&self, descriptor: impl AsFd, source: Source) -> Result<()> {
+        let data = epoll::EventData::new_u64(source as u64);
+        epoll::add(&self.events, descriptor.as_fd(), data, epoll::EventFlags::IN).context("cannot watch")
+    }
+
+    /// Serves everything but intercepted calls. The program's status, if it has ended.
+    fn serve_others(&mut self) -> Result<Option<i32>> {
+        let mut events = Vec::with_capacity(EVENTS);
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        epoll::wait(&self.events, rustix::buffer::spare_capacity(&mut events), Some(&zero))
+            .or_else(|error| if error == rustix::io::Errno::INTR { Ok(0) } else { Err(error) })?;
+        for event in events {
+            match Source::of(event.data.u64()) {
+                Some(Source::Signals) => self.forward_signals(),
+                Some(Source::Ended) => return Ok(Some(self.sandbox.wait()?)),
+                Some(Source::Broker) => self.session.run_ready(),
+                Some(Source::Gateway) => self.gateway.run_ready(Instant::now(), self.session.link()),
+                None => {}
+            }
+        }
+        Ok(None)
+    }
+
+    fn forward_signals(&self) {
+        while let Some(signal) = self.signals.next() {
+            // A key on the terminal reached the program already: it is in the same process group.
+            if !signal.from_terminal {
+                self.sandbox.signal(signal.number);
+            }
+        }
+    }
+
+    fn deliver_answers(&mut self) {
+        while let Some((id, answer)) = self.session.link().completed() {
+            self.deliver(id, answer);
+        }
+    }
+
+    fn deliver(&mut self, id: RequestId, answer: kso_wire::Answer) {
+        if id.is_gateway() {
+            self.gateway.answered(id, answer, Instant::now(), self.session.link());
+        } else {
+            self.interceptor.answered(id, answer);
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let next =
+            [self.gateway.next_deadline(), self.session.next_deadline()].into_iter().flatten().min()?;
+        Some(next.saturating_duration_since(Instant::now()))
+    }
+
+    fn expire(&mut self) {
+        let now = Instant::now();
+        if self.gateway.next_deadline().is_some_and(|deadline| deadline <= now) {
+            self.gateway.expire(now, self.session.link());
+        }
+        if self.session.next_deadline().is_some_and(|deadline| deadline <= now) {
+            self.session.run_ready();
+        }
+    }
+}
+
+fn wait(polled: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> Result<()> {
+    match poll(polled, timeout) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error).context("cannot wait for events"),
+    }
+}
