@@ -110,7 +110,7 @@ impl Broker {
         let addresses = Addresses::new().map_err(kernel("cannot read the host's addresses"))?;
         epoll::add(&epoll, addresses.poll_fd(), EventData::new_u64(token::ADDRESSES), EventFlags::IN)
             .map_err(|error| kernel("cannot wait for events")(error.into()))?;
-        let control = match ControlSocket::new(epoll.as_fd(), config.control, token::CONTROL) {
+        let control = match ControlSocket::new(epoll.as_fd(), &config, token::CONTROL) {
             Ok(control) => control,
             // A sandbox works without: it is only not seen.
             Err(error) => {

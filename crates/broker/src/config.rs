@@ -23,6 +23,8 @@ pub struct BrokerConfig {
     pub metrics: Option<String>,
     /// Under which name `kso ps` and `kso trace` find it.
     pub control: Control,
+    /// Where its control socket is.
+    pub runtime_directory: PathBuf,
     /// The host's name servers (`resolv.conf(5)`).
     pub resolv_conf: PathBuf,
     /// The host's names (`hosts(5)`).
@@ -52,6 +54,7 @@ impl Default for BrokerConfig {
             trace: false,
             metrics: None,
             control: Control::Run,
+            runtime_directory: crate::runtime::runtime_directory(),
             resolv_conf: "/etc/resolv.conf".into(),
             hosts: "/etc/hosts".into(),
             name_servers: None,

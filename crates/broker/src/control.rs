@@ -1,6 +1,6 @@
 //! The control socket, by which `kso ps` and `kso trace` find a broker, and who may speak to it.
 
-use crate::config::{BrokerError, Control};
+use crate::config::{BrokerConfig, BrokerError, Control};
 use crate::runtime;
 use kso_provider::processes;
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -21,17 +21,17 @@ pub(crate) struct ControlSocket {
 
 impl ControlSocket {
     /// Makes the socket in the runtime directory; sockets that dead brokers left there are removed.
-    pub fn new(epoll: BorrowedFd<'_>, control: Control, token: u64) -> Result<Option<Self>, BrokerError> {
-        let kind = match control {
+    pub fn new(epoll: BorrowedFd<'_>, config: &BrokerConfig, token: u64) -> Result<Option<Self>, BrokerError> {
+        let kind = match config.control {
             Control::Run => "run",
             Control::Broker => "broker",
             Control::Hidden => return Ok(None),
         };
-        let directory = runtime::runtime_directory();
+        let directory = &config.runtime_directory;
         let path = directory.join(format!("{kind}-{}.sock", std::process::id()));
         let make = || -> io::Result<Self> {
-            runtime::prepare(&directory)?;
-            runtime::sweep(&directory);
+            runtime::prepare(directory)?;
+            runtime::sweep(directory);
             // Left by a process of the same number.
             remove_stale(&path)?;
             let listener = UnixListener::bind(&path)?;

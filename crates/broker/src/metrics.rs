@@ -43,10 +43,14 @@ impl Snapshot<'_> {
     fn text(&self) -> String {
         let mut registry = Registry::with_prefix("kso");
         let mut count = |name: &str, help: &str, label: &'static str, values: &[(&str, u64)]| {
+            if let ("", [(_, number)]) = (label, values) {
+                let counter: Counter = Counter::default();
+                counter.inc_by(*number);
+                return registry.register(name, help, counter);
+            }
             let family = Family::<Labels, Counter>::default();
             for (value, number) in values {
-                let labels = if label.is_empty() { Vec::new() } else { vec![(label, (*value).to_owned())] };
-                family.get_or_create(&labels).inc_by(*number);
+                family.get_or_create(&vec![(label, (*value).to_owned())]).inc_by(*number);
             }
             registry.register(name, help, family);
         };

@@ -47,7 +47,8 @@ pub(crate) fn fate(listen: &Listen, publications: &[Publication], mode: Loopback
             unfit = true;
             if let Some(address) = address(publication.address, listen) {
                 let port = if publication.outer_port == 0 { port } else { publication.outer_port };
-                let reuse = mode == LoopbackMode::Private;
+                // A port that is only kept must keep others out, also those that permit reuse.
+                let reuse = mode == LoopbackMode::Private && port != 0;
                 return Fate::Outside(Place {
                     address: SocketAddr::new(address, port),
                     loopback_only: false,

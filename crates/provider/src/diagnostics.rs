@@ -213,7 +213,8 @@ mod tests {
         drop((client, server));
         let mut ended = None;
         for _ in 0..100 {
-            ends.run_ready(|socket| ended = if socket.cookie == cookie { Some(socket) } else { ended }).unwrap();
+            ends.run_ready(|socket| ended = if socket.cookie == cookie { Some(socket) } else { ended })
+                .unwrap();
             if ended.is_some() {
                 break;
             }

@@ -22,8 +22,11 @@ pub fn tree(root: u32) -> Vec<Process> {
     let mut children: HashMap<u32, Vec<Process>> = HashMap::new();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Some((program, parent)) = fs::read_to_string(format!("/proc/{pid}/stat")).ok().and_then(|text| stat(&text))
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Some((program, parent)) =
+            fs::read_to_string(format!("/proc/{pid}/stat")).ok().and_then(|text| stat(&text))
         else {
             continue;
         };

@@ -208,8 +208,7 @@ mod tests {
 
     #[test]
     fn a_listener_accepts_and_its_port_is_taken() {
-        let place =
-            Place { address: "127.0.0.1:0".parse().unwrap(), loopback_only: false, reuse: true };
+        let place = Place { address: "127.0.0.1:0".parse().unwrap(), loopback_only: false, reuse: true };
         let socket = reserve(place, &SocketOptions::default()).unwrap();
         let address = local_address(&socket).unwrap();
         assert_eq!(trouble(address), None);
