@@ -11,6 +11,7 @@ calls! {
     LISTEN = SYS_listen;
     BIND = SYS_bind;
     GETSOCKNAME = SYS_getsockname;
+    SETSOCKOPT = SYS_setsockopt;
     DUP = SYS_dup;
     #[cfg(target_arch = "x86_64")]
     DUP2 = SYS_dup2;

@@ -24,14 +24,23 @@ struct Entry {
     layout: Layout,
     /// `None`: sockets of both families have it.
     family: Option<Family>,
+    /// Hardly any program sets it on a socket before it connects or listens.
+    rare: bool,
+}
+
+impl Entry {
+    const fn rare(mut self) -> Self {
+        self.rare = true;
+        self
+    }
 }
 
 const fn entry(name: OptionName, level: libc::c_int, number: libc::c_int, layout: Layout) -> Entry {
-    Entry { name, level, number, layout, family: None }
+    Entry { name, level, number, layout, family: None, rare: false }
 }
 
 const fn only(family: Family, name: OptionName, level: libc::c_int, number: libc::c_int) -> Entry {
-    Entry { name, level, number, layout: Layout::Int, family: Some(family) }
+    Entry { name, level, number, layout: Layout::Int, family: Some(family), rare: false }
 }
 
 const TCP_NOTSENT_LOWAT: libc::c_int = 25;
@@ -47,29 +56,29 @@ const TABLE: &[Entry] = &[
     entry(OptionName::ReceiveBuffer, libc::SOL_SOCKET, libc::SO_RCVBUF, Layout::Doubled),
     entry(OptionName::ReceiveTimeout, libc::SOL_SOCKET, libc::SO_RCVTIMEO, Layout::Time),
     entry(OptionName::SendTimeout, libc::SOL_SOCKET, libc::SO_SNDTIMEO, Layout::Time),
-    entry(OptionName::Priority, libc::SOL_SOCKET, libc::SO_PRIORITY, Layout::Int),
-    entry(OptionName::OutOfBandInline, libc::SOL_SOCKET, libc::SO_OOBINLINE, Layout::Int),
-    entry(OptionName::ReceiveLowWater, libc::SOL_SOCKET, libc::SO_RCVLOWAT, Layout::Int),
-    entry(OptionName::Timestamp, libc::SOL_SOCKET, libc::SO_TIMESTAMP, Layout::Int),
-    entry(OptionName::BusyPoll, libc::SOL_SOCKET, libc::SO_BUSY_POLL, Layout::Int),
+    entry(OptionName::Priority, libc::SOL_SOCKET, libc::SO_PRIORITY, Layout::Int).rare(),
+    entry(OptionName::OutOfBandInline, libc::SOL_SOCKET, libc::SO_OOBINLINE, Layout::Int).rare(),
+    entry(OptionName::ReceiveLowWater, libc::SOL_SOCKET, libc::SO_RCVLOWAT, Layout::Int).rare(),
+    entry(OptionName::Timestamp, libc::SOL_SOCKET, libc::SO_TIMESTAMP, Layout::Int).rare(),
+    entry(OptionName::BusyPoll, libc::SOL_SOCKET, libc::SO_BUSY_POLL, Layout::Int).rare(),
     entry(OptionName::NoDelay, libc::IPPROTO_TCP, libc::TCP_NODELAY, Layout::Int),
     entry(OptionName::Cork, libc::IPPROTO_TCP, libc::TCP_CORK, Layout::Int),
     entry(OptionName::KeepIdle, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, Layout::Int),
     entry(OptionName::KeepInterval, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, Layout::Int),
     entry(OptionName::KeepCount, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, Layout::Int),
     entry(OptionName::UserTimeout, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, Layout::Int),
-    entry(OptionName::SynCount, libc::IPPROTO_TCP, libc::TCP_SYNCNT, Layout::Int),
-    entry(OptionName::MaxSegment, libc::IPPROTO_TCP, libc::TCP_MAXSEG, Layout::Int),
-    entry(OptionName::DeferAccept, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, Layout::Int),
-    entry(OptionName::Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, Layout::Int),
+    entry(OptionName::SynCount, libc::IPPROTO_TCP, libc::TCP_SYNCNT, Layout::Int).rare(),
+    entry(OptionName::MaxSegment, libc::IPPROTO_TCP, libc::TCP_MAXSEG, Layout::Int).rare(),
+    entry(OptionName::DeferAccept, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, Layout::Int).rare(),
+    entry(OptionName::Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, Layout::Int).rare(),
     entry(OptionName::NotSentLowWater, libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, Layout::Int),
-    entry(OptionName::WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, Layout::Int),
-    entry(OptionName::TypeOfService, libc::IPPROTO_IP, libc::IP_TOS, Layout::Int),
-    entry(OptionName::TimeToLive, libc::IPPROTO_IP, libc::IP_TTL, Layout::Int),
-    entry(OptionName::MtuDiscover, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, Layout::Int),
-    entry(OptionName::ReceiveErrors, libc::IPPROTO_IP, libc::IP_RECVERR, Layout::Int),
-    only(Family::V6, OptionName::UnicastHops, libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
-    only(Family::V6, OptionName::TrafficClass, libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+    entry(OptionName::WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, Layout::Int).rare(),
+    entry(OptionName::TypeOfService, libc::IPPROTO_IP, libc::IP_TOS, Layout::Int).rare(),
+    entry(OptionName::TimeToLive, libc::IPPROTO_IP, libc::IP_TTL, Layout::Int).rare(),
+    entry(OptionName::MtuDiscover, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, Layout::Int).rare(),
+    entry(OptionName::ReceiveErrors, libc::IPPROTO_IP, libc::IP_RECVERR, Layout::Int).rare(),
+    only(Family::V6, OptionName::UnicastHops, libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS).rare(),
+    only(Family::V6, OptionName::TrafficClass, libc::IPPROTO_IPV6, libc::IPV6_TCLASS).rare(),
 ];
 
 /// Microseconds of a second.
@@ -127,12 +136,19 @@ impl Defaults {
     }
 }
 
-/// The options of `socket` that differ from `defaults`, in the order in which to apply them.
+/// Level and number of each option that is rarely set: whoever sees them being set (setsockopt(2)) need not
+/// read them off every socket.
+pub fn rare() -> impl Iterator<Item = (i32, i32)> {
+    TABLE.iter().filter(|entry| entry.rare).map(|entry| (entry.level, entry.number))
+}
+
+/// The options of `socket` that differ from `defaults`, in the order in which to apply them; those of
+/// [`rare`] only if `all` is asked for. A call costs a third of a microsecond.
 #[must_use]
-pub fn read(socket: BorrowedFd<'_>, defaults: &Defaults) -> SocketOptions {
+pub fn read(socket: BorrowedFd<'_>, defaults: &Defaults, all: bool) -> SocketOptions {
     let mut options = SocketOptions::default();
     for (entry, default) in TABLE.iter().zip(&defaults.values) {
-        if entry.family.is_some_and(|only| only != defaults.family) {
+        if (entry.rare && !all) || entry.family.is_some_and(|only| only != defaults.family) {
             continue;
         }
         if let Ok(value) = read_one(socket, entry)
@@ -174,19 +190,20 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let fresh = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let defaults = Defaults::of(fresh.as_fd(), Family::V4);
-        assert!(read(fresh.as_fd(), &defaults).is_empty());
+        assert!(read(fresh.as_fd(), &defaults, true).is_empty());
 
         let set = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         set.set_nodelay(true).unwrap();
         set.set_read_timeout(Some(std::time::Duration::from_micros(1_250_000))).unwrap();
         set.set_ttl(33).unwrap();
-        let options = read(set.as_fd(), &defaults);
+        let options = read(set.as_fd(), &defaults, true);
         assert_eq!(options.get(OptionName::NoDelay), Some(1));
         assert_eq!(options.get(OptionName::TimeToLive), Some(33));
         assert_eq!(options.len(), 3);
+        assert_eq!(read(set.as_fd(), &defaults, false).get(OptionName::TimeToLive), None, "it is rare");
 
         let copy = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         apply(copy.as_fd(), &options).unwrap();
-        assert_eq!(read(copy.as_fd(), &defaults), options);
+        assert_eq!(read(copy.as_fd(), &defaults, true), options);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Call, Interceptor, MAX_INTERRUPTED, Outcome, Publishing, Purpose, recall, remember};
 use kso_sys::notify::{Notification, Response};
-use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, options, remote, tcp_state};
+use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, remote, tcp_state};
 use kso_wire::{
     Answer, BrokerLink, Connect, Errno, Family, LoopbackMode, OptionName, Origin, Reply, Request,
 };
@@ -46,7 +46,8 @@ impl Interceptor {
         let socket = call.socket.as_fd();
         let state = tcp_state(socket)?;
         let nonblocking = rustix::fs::fcntl_getfl(socket)?.contains(OFlags::NONBLOCK);
-        if self.is_swapped(socket)? {
+        let swapped = self.is_swapped(socket)?;
+        if swapped {
             if state == SYN_SENT && nonblocking && recall(&mut self.interrupted, &kso_sys::cookie(socket)?) {
                 return Ok(Outcome::error(Errno::EINPROGRESS));
             }
@@ -58,7 +59,7 @@ impl Interceptor {
         } else if state != CLOSED {
             return Ok(Outcome::CONTINUE);
         }
-        let options = options::read(socket, self.defaults(call.family));
+        let options = self.options(&call, swapped)?;
         if options.get(OptionName::V6Only) == Some(1) && peer.ip().to_canonical().is_ipv4() {
             return Ok(Outcome::CONTINUE);
         }

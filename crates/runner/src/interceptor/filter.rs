@@ -35,6 +35,12 @@ pub fn rules(publishing: Publishing, io_uring: bool) -> Vec<Rule> {
     ];
     #[cfg(target_arch = "x86_64")]
     rules.extend([notify(number::DUP2, vec![beyond_standard]), notify(number::EPOLL_CREATE, vec![])]);
+    // Options that are rarely set are read only off the sockets on which they were.
+    rules.extend(kso_sys::options::rare().map(|(level, option)| {
+        let conditions =
+            vec![Condition::Is(1, level.cast_unsigned()), Condition::Is(2, option.cast_unsigned())];
+        notify(number::SETSOCKOPT, conditions)
+    }));
     if publishing != Publishing::Nothing {
         // A published listener has another address outside than the program gave it.
         rules.push(notify(number::GETSOCKNAME, vec![]));

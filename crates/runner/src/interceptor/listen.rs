@@ -10,8 +10,7 @@ use super::{Call, Interceptor, MAX_LISTENERS, Outcome, Publishing, Purpose, Tran
 use kso_sys::notify::{Notification, Response};
 use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, remote, tcp_state};
 use kso_wire::{
-    Answer, BrokerLink, Caller, Errno, Family, Listen, LoopbackMode, Reply, Request, RequestId,
-    SocketOptions, Submitted,
+    Answer, BrokerLink, Caller, Errno, Family, Listen, LoopbackMode, Reply, Request, RequestId, Submitted,
 };
 use rustix::event::epoll;
 use rustix::fs::{OFlags, fcntl_getfl};
@@ -90,7 +89,7 @@ impl Interceptor {
             return Ok(Outcome::CONTINUE);
         }
         self.release_closed(link);
-        let options = kso_sys::options::read(call.socket.as_fd(), self.defaults(call.family));
+        let options = kso_sys::options::read(call.socket.as_fd(), self.defaults(call.family), true);
         let request = Request::Listen(Listen { local: wanted, family: call.family, backlog: None, options });
         self.ask(call, Purpose::Reserve { wanted }, request, link)
     }
@@ -155,7 +154,7 @@ impl Interceptor {
             (None, Family::V4) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             (None, Family::V6) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
         };
-        let options: SocketOptions = kso_sys::options::read(socket, self.defaults(call.family));
+        let options = self.options(&call, false)?;
         let backlog = Some(notification.args[1] as i32);
         let request = Request::Listen(Listen { local: inner, family: call.family, backlog, options });
         self.ask(call, Purpose::Listen { inner }, request, link)

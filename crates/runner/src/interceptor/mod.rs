@@ -31,8 +31,8 @@ use kso_sys::notify::{Listener, Notification, Response};
 use kso_sys::options::Defaults;
 use kso_sys::{numbers, remote};
 use kso_wire::{
-    Answer, BrokerLink, Caller, Family, LoopbackMode, MAX_PENDING, Request, RequestId, Submitted,
-    TunAddresses,
+    Answer, BrokerLink, Caller, Family, LoopbackMode, MAX_PENDING, Request, RequestId, SocketOptions,
+    Submitted, TunAddresses,
 };
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -42,6 +42,8 @@ use threads::{EpollTable, Thread, Threads};
 
 /// So many sockets with several descriptors are remembered.
 const MAX_DUPLICATED: usize = 1024;
+/// So many sockets with rare options are remembered; with more, every socket is read in full.
+const MAX_TUNED: usize = 1024;
 /// So many listeners are remembered for `getsockname`.
 const MAX_LISTENERS: usize = 1024;
 /// So many interrupted calls are remembered.
@@ -128,6 +130,10 @@ pub struct Interceptor {
     epolls: EpollTable,
     /// Cookies of sockets that have several descriptors and are not swapped yet.
     duplicated: VecDeque<u64>,
+    /// Cookies of sockets on which rare options were set and that are not swapped yet.
+    tuned: VecDeque<u64>,
+    /// Some fell out of [`Self::tuned`].
+    tuned_overflow: bool,
     /// Cookies of swapped sockets whose caller was interrupted before it heard `EINPROGRESS`.
     interrupted: VecDeque<u64>,
     translations: VecDeque<Translation>,
@@ -153,6 +159,8 @@ impl Interceptor {
             threads: Threads::default(),
             epolls: EpollTable::default(),
             duplicated: VecDeque::new(),
+            tuned: VecDeque::new(),
+            tuned_overflow: false,
             interrupted: VecDeque::new(),
             translations: VecDeque::new(),
             reservations: listen::Reservations::new()?,
@@ -194,6 +202,7 @@ impl Interceptor {
             numbers::LISTEN => self.listen(notification, link),
             numbers::BIND => self.bind(notification, link),
             numbers::GETSOCKNAME => self.getsockname(notification),
+            numbers::SETSOCKOPT => self.tune(notification),
             numbers::EPOLL_CREATE1 => self.epoll_made(notification),
             #[cfg(target_arch = "x86_64")]
             numbers::EPOLL_CREATE => self.epoll_made(notification),
@@ -290,14 +299,37 @@ impl Interceptor {
         if self.epolls.contains(process, number) {
             self.epolls.changed(process);
         }
-        if let Some(call) = self.tcp_socket(notification)?
-            && !self.is_swapped(call.socket.as_fd())?
-            && kso_sys::tcp_state(call.socket.as_fd())? == connect::CLOSED
-        {
-            let cookie = kso_sys::cookie(call.socket.as_fd())?;
+        if let Some(cookie) = self.outsourceable(notification)? {
             remember(&mut self.duplicated, cookie, MAX_DUPLICATED);
         }
         Ok(Outcome::CONTINUE)
+    }
+
+    /// Remembers that a socket has options that are rarely set.
+    fn tune(&mut self, notification: Notification) -> io::Result<Outcome> {
+        if let Some(cookie) = self.outsourceable(notification)? {
+            self.tuned_overflow |= self.tuned.len() >= MAX_TUNED;
+            remember(&mut self.tuned, cookie, MAX_TUNED);
+        }
+        Ok(Outcome::CONTINUE)
+    }
+
+    /// The cookie of the socket that a call names, if it may be swapped later.
+    fn outsourceable(&mut self, notification: Notification) -> io::Result<Option<u64>> {
+        let Some(call) = self.tcp_socket(notification)? else { return Ok(None) };
+        let socket = call.socket.as_fd();
+        let fresh = !self.is_swapped(socket)? && kso_sys::tcp_state(socket)? == connect::CLOSED;
+        if fresh { kso_sys::cookie(socket).map(Some) } else { Ok(None) }
+    }
+
+    /// The options of a call's socket that a fresh one does not have.
+    fn options(&mut self, call: &Call, swapped: bool) -> io::Result<SocketOptions> {
+        let socket = call.socket.as_fd();
+        // A swapped socket may have been tuned since, and is not remembered.
+        let all = swapped
+            || self.tuned_overflow
+            || (!self.tuned.is_empty() && recall(&mut self.tuned, &kso_sys::cookie(socket)?));
+        Ok(kso_sys::options::read(socket, self.defaults(call.family), all))
     }
 
     fn epoll_made(&mut self, notification: Notification) -> io::Result<Outcome> {
