@@ -32,10 +32,12 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::Timespec;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// So many events are taken at a time.
 const EVENTS: usize = 32;
+/// How long the ends of a session's last connections are waited for, while somebody watches.
+const LINGER: Duration = Duration::from_millis(50);
 
 /// What an event is about: the upper half of its number; the lower half says which one.
 pub(crate) mod token {
@@ -231,10 +233,15 @@ impl Broker {
 
     /// Ends a session. What programs still hold goes on to work until they close it.
     pub fn close_session(&mut self, id: SessionId) {
+        // Of the only session of this process the last ends are worth a moment; others are not held up.
+        let until = Instant::now() + LINGER;
+        while self.config.control == Control::Run && self.shared.track.linger(id.0, until) {
+            self.read_ends();
+        }
+        self.read_ends();
         let Some(session) = self.sessions.remove(&id.0) else { return };
         self.forwarder.forget_session(id.0);
         self.completed.retain(|(other, ..)| *other != id);
-        self.read_ends();
         self.shared.track.forget_session(id.0);
         let end =
             event::SessionEnd { name: session.name.clone(), duration_us: session.started.elapsed().into() };

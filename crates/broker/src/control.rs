@@ -21,7 +21,11 @@ pub(crate) struct ControlSocket {
 
 impl ControlSocket {
     /// Makes the socket in the runtime directory; sockets that dead brokers left there are removed.
-    pub fn new(epoll: BorrowedFd<'_>, config: &BrokerConfig, token: u64) -> Result<Option<Self>, BrokerError> {
+    pub fn new(
+        epoll: BorrowedFd<'_>,
+        config: &BrokerConfig,
+        token: u64,
+    ) -> Result<Option<Self>, BrokerError> {
         let kind = match config.control {
             Control::Run => "run",
             Control::Broker => "broker",

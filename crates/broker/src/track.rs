@@ -15,6 +15,7 @@ use crate::session::Session;
 use kso_core::event::{self, Direction, Kind};
 use kso_provider::diagnostics::{self, Ends, Socket};
 use kso_wire::{Caller, Errno};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -65,9 +66,18 @@ impl Tracked {
         }
     }
 
+    /// It was shorter than the time between looks: how short, nobody knows.
+    fn closed_unseen(self, socket: &Socket) -> Seen {
+        self.ended(socket, Duration::ZERO)
+    }
+
     fn closed(self, socket: &Socket) -> Seen {
-        let traffic = socket.traffic;
         let lasted = self.since.elapsed();
+        self.ended(socket, lasted)
+    }
+
+    fn ended(self, socket: &Socket, lasted: Duration) -> Seen {
+        let traffic = socket.traffic;
         let error = match (self.direction, traffic.established) {
             (Direction::In, _) | (_, true) => None,
             _ if traffic.segments_in > 0 => Some(Errno::ECONNREFUSED),
@@ -135,6 +145,19 @@ impl Track {
         self.by_cookie.retain(|_, tracked| tracked.session != session);
     }
 
+    /// Waits a moment for the ends of what a session had open: the kernel tells them a little later
+    /// (sock_diag_broadcast_destroy queues them).
+    pub fn linger(&self, session: u64, until: Instant) -> bool {
+        let Some(ends) = &self.ends else { return false };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() || !self.by_cookie.values().any(|tracked| tracked.session == session) {
+            return false;
+        }
+        let mut polled = [PollFd::from_borrowed_fd(ends.poll_fd(), PollFlags::IN)];
+        let timeout = Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() };
+        matches!(poll(&mut polled, Some(&timeout)), Ok(1))
+    }
+
     /// Reads the ends that the kernel told.
     pub fn run_ready(&mut self, sessions: &HashMap<u64, Session>, seen: &mut Vec<Seen>) {
         let Some(ends) = &mut self.ends else { return };
@@ -147,7 +170,7 @@ impl Track {
             {
                 let tracked = Tracked::accepted(session, &socket);
                 seen.push(accept(&tracked));
-                seen.push(tracked.closed(&socket));
+                seen.push(tracked.closed_unseen(&socket));
             }
         });
         if let Err(error) = result {

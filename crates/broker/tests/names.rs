@@ -20,7 +20,9 @@ fn name(text: &str) -> Name {
 }
 
 fn good() -> NameServer {
-    NameServer::start(|query, _| vec![response(query, &[("www.example.", a([192, 0, 2, 1]))]).to_vec().unwrap()])
+    NameServer::start(|query, _| {
+        vec![response(query, &[("www.example.", a([192, 0, 2, 1]))]).to_vec().unwrap()]
+    })
 }
 
 #[test]
@@ -31,7 +33,11 @@ fn an_answer_is_passed_on_byte_for_byte() {
         answer.metadata.authentic_data = true;
         let soa = SOA::new(name("ns.example."), name("root.example."), 1, 2, 3, 4, 5);
         answer.add_authority(Record::from_rdata(name("example."), 60, RData::SOA(soa)));
-        answer.add_additional(Record::from_rdata(name("x.example."), 60, RData::TXT(TXT::new(vec!["t".into()]))));
+        answer.add_additional(Record::from_rdata(
+            name("x.example."),
+            60,
+            RData::TXT(TXT::new(vec!["t".into()])),
+        ));
         let mut edns = Edns::new();
         edns.set_max_payload(1400);
         answer.set_edns(edns);
@@ -93,7 +99,7 @@ fn the_next_server_is_asked_when_one_fails_or_is_silent() {
     let mut client = Client::new(config_with(&[&failing, &silent, &good]), &hello());
     let started = Instant::now();
     assert_eq!(client.resolve("www.example.", RecordType::A).answers.len(), 1);
-    assert!(started.elapsed() < Duration::from_secs(3));
+    assert!(started.elapsed() < Duration::from_secs(6));
     // The one that answered is asked first from now on.
     let started = Instant::now();
     assert_eq!(client.resolve("www.example.", RecordType::A).answers.len(), 1);

@@ -5,9 +5,7 @@ mod common;
 
 use common::{Client, allow, config, free_port, hello, publish, reaches, readable};
 use kso_broker::{Broker, BrokerConfig};
-use kso_wire::{
-    BindDatagram, Errno, Failure, Family, Hello, LoopbackMode, OpenDatagram, Reply, Request,
-};
+use kso_wire::{BindDatagram, Errno, Failure, Family, Hello, LoopbackMode, OpenDatagram, Reply, Request};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 
 fn failure(answer: &kso_wire::Answer) -> &Failure {
@@ -129,7 +127,9 @@ fn external_loopback_is_the_hosts() {
     let mut client = Client::new(config(), &external);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     assert!(reaches(client.connect(&listener.local_addr().unwrap().to_string()), &listener));
-    let Ok(Reply::Socket { local: Some(outer) }) = client.listen("127.0.0.1:0", None).result else { panic!() };
+    let Ok(Reply::Socket { local: Some(outer) }) = client.listen("127.0.0.1:0", None).result else {
+        panic!()
+    };
     // A program that binds and connects leaves from the port that it bound.
     let answer = client.connect_from(&listener.local_addr().unwrap().to_string(), Some(outer));
     let stream = TcpStream::from(answer.descriptor.unwrap());

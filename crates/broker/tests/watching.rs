@@ -36,16 +36,16 @@ impl Watcher {
     fn line<T>(&mut self, client: &mut Client, mut wanted: impl FnMut(&[u8]) -> Option<T>) -> T {
         let end = Instant::now() + Duration::from_secs(10);
         while Instant::now() < end {
-            client.turn(Duration::from_millis(20));
-            let mut buffer = [0; 65_536];
-            if let Ok(count) = self.stream.read(&mut buffer) {
-                self.read.extend_from_slice(&buffer[..count]);
-            }
             while let Some(at) = self.read.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.read.drain(..=at).collect();
                 if let Some(found) = wanted(&line) {
                     return found;
                 }
+            }
+            client.turn(Duration::from_millis(20));
+            let mut buffer = [0; 65_536];
+            if let Ok(count) = self.stream.read(&mut buffer) {
+                self.read.extend_from_slice(&buffer[..count]);
             }
         }
         panic!("it did not come");

@@ -110,7 +110,7 @@ pub fn bind(address: SocketAddr) -> Result<OwnedFd, Errno> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests {
     use super::*;
     use std::net::UdpSocket;

@@ -157,7 +157,7 @@ fn addresses(query: &Message, addresses: &[IpAddr]) -> Vec<u8> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests {
     use super::*;
     use hickory_proto::op::Query;

@@ -138,7 +138,7 @@ pub(crate) fn code(code: ResponseCode) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests {
     use super::*;
     use hickory_proto::op::{OpCode, Query};
