@@ -28,6 +28,14 @@ impl Session {
         Ok(Self::Remote(Box::new(link)))
     }
 
+    /// Tells under which process the sandbox's programs are found.
+    pub fn started(&mut self, pid: u32) {
+        if let Self::Embedded(link) = self {
+            let session = link.session();
+            link.broker_mut().set_pid(session, pid);
+        }
+    }
+
     pub fn link(&mut self) -> &mut dyn BrokerLink {
         match self {
             Self::Embedded(link) => link.as_mut(),

@@ -79,6 +79,7 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     };
     let signals = Signals::take(FORWARDED).context("cannot take signals")?;
     let mut sandbox = Sandbox::start(&config, &signals)?;
+    session.started(sandbox.pid());
     raise_open_files(open_files);
 
     let notifier = sandbox.notifier.take().context("the sandbox has no notifier")?;
