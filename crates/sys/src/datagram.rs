@@ -83,29 +83,27 @@ pub struct Received {
     pub traffic_class: u8,
 }
 
-/// Buffers for one `recvmmsg`. The memory is reserved, and used as datagrams fill it.
-#[derive(Debug)]
+/// Buffers for one `recvmmsg`. The memory is reserved, and used as datagrams fill it. The default has none,
+/// and receives nothing.
+#[derive(Debug, Default)]
 pub struct ReceiveBatch {
-    buffer: Box<[u8]>,
-    received: [Received; MAX_RECEIVE],
-}
-
-impl Default for ReceiveBatch {
-    fn default() -> Self {
-        Self {
-            buffer: vec![0; SLOT * MAX_RECEIVE].into_boxed_slice(),
-            received: [Received::default(); MAX_RECEIVE],
-        }
-    }
+    buffer: Vec<u8>,
+    received: Vec<Received>,
 }
 
 impl ReceiveBatch {
+    /// Reserves buffers for [`MAX_RECEIVE`] datagrams.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { buffer: vec![0; SLOT * MAX_RECEIVE], received: vec![Received::default(); MAX_RECEIVE] }
+    }
+
     /// Receives up to `limit` datagrams without waiting and tells how many there were.
     ///
     /// # Errors
     /// `EWOULDBLOCK`, or an error that was pending on the socket.
     pub fn receive(&mut self, socket: BorrowedFd<'_>, limit: usize, sources: bool) -> io::Result<usize> {
-        let limit = limit.min(MAX_RECEIVE);
+        let limit = limit.min(self.received.len());
         let mut names = [MaybeUninit::<libc::sockaddr_storage>::uninit(); MAX_RECEIVE];
         let mut controls = [MaybeUninit::<Control>::uninit(); MAX_RECEIVE];
         let mut vectors = [MaybeUninit::<libc::iovec>::uninit(); MAX_RECEIVE];
@@ -486,7 +484,7 @@ mod tests {
             prepare(b.as_fd(), family, false).unwrap();
             set_traffic_class(a.as_fd(), family, 0x48).unwrap();
             assert_eq!(send(a.as_fd(), None, &slices, &messages).unwrap(), 2);
-            let mut batch = ReceiveBatch::default();
+            let mut batch = ReceiveBatch::new();
             assert_eq!(batch.receive(b.as_fd(), 8, true).unwrap(), 2);
             let (received, bytes) = batch.get(0).unwrap();
             assert_eq!(bytes, b"helloworldend");

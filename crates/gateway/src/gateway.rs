@@ -1,0 +1,312 @@
+//! The gateway's own loop body: what is ready, what was answered, what is due.
+
+use crate::datagrams::{Datagrams, Outgoing};
+use crate::device::{Device, MAX_READ};
+use crate::echoes::Echoes;
+use crate::ingress::{Arrival, Ingress};
+use crate::packet::icmp::Cause;
+use crate::packet::transport::Transport;
+use crate::packet::{Fault, icmp, protocol};
+use crate::streams::Streams;
+use crate::watch::{Requests, Source, Waiting, Watch};
+use crate::{GatewayConfig, GatewayError, GatewayStats};
+use kso_sys::tun::Tun;
+use kso_wire::{Answer, BrokerLink, Caller, Failure, Publication, Request, RequestId, Submitted, TunAddresses};
+use std::borrow::Cow;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+/// At most so many packets are read by one call of [`Gateway::run_ready`].
+const READS: usize = 128;
+/// Packets are read into so much memory before they are looked at, bytes.
+const ARENA: usize = 4 * MAX_READ;
+/// At most so many packets are read before they are looked at: those that follow each other are sent together.
+const READ_BATCH: usize = 64;
+
+/// Carries a sandbox's packets over sockets of the external kernel. See the crate.
+#[derive(Debug)]
+pub struct Gateway {
+    pub(crate) device: Device,
+    pub(crate) watch: Watch,
+    pub(crate) requests: Requests,
+    pub(crate) addresses: TunAddresses,
+    pub(crate) publish: Vec<Publication>,
+    pub(crate) datagrams: Datagrams,
+    pub(crate) echoes: Echoes,
+    pub(crate) streams: Streams,
+    pub(crate) stats: GatewayStats,
+    ingress: Ingress,
+    arena: Vec<u8>,
+}
+
+impl Gateway {
+    /// Takes the descriptor of a sandbox's TUN.
+    ///
+    /// # Errors
+    /// It is not one, or there are too many open files.
+    pub fn new(tun: OwnedFd, config: GatewayConfig) -> Result<Self, GatewayError> {
+        let device = Device::new(Tun::from_fd(tun).map_err(GatewayError::Tun)?);
+        let watch = Watch::new().map_err(|error| GatewayError::Tun(error.into()))?;
+        watch.add(&device, Source::Tun).map_err(|error| GatewayError::Tun(error.into()))?;
+        Ok(Self {
+            ingress: Ingress::new(config.addresses, device.has_vnet_header()),
+            streams: Streams::new(&config.addresses, device.has_vnet_header()),
+            datagrams: Datagrams::new(&config),
+            echoes: Echoes::new(&config),
+            device,
+            watch,
+            requests: Requests::default(),
+            addresses: config.addresses,
+            publish: config.publish,
+            stats: GatewayStats::default(),
+            arena: vec![0; ARENA],
+        })
+    }
+
+    /// Readable when [`Self::run_ready`] has something to do.
+    #[must_use]
+    pub fn poll_fd(&self) -> BorrowedFd<'_> {
+        self.watch.poll_fd()
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn stats(&self) -> GatewayStats {
+        GatewayStats {
+            flows: self.datagrams.len(),
+            echoes: self.echoes.len(),
+            streams: self.streams.len(),
+            ..self.stats
+        }
+    }
+
+    /// Does what is ready, at most so much of it that a caller with other duties is not kept from them.
+    pub fn run_ready(&mut self, now: Instant, link: &mut dyn BrokerLink) {
+        let ready = self.watch.take_ready();
+        for (source, state) in &ready {
+            match *source {
+                Source::Tun => self.read_tun(now, link),
+                Source::Flow(token) => self.flow_ready(token, *state, now),
+                Source::Published(index) => self.published_ready(index, *state, now, link),
+                Source::Echo(token) => self.echo_ready(token, *state, now),
+                Source::Stream(token) => self.stream_ready(token, *state, now, link),
+            }
+        }
+        self.watch.done(ready);
+    }
+
+    /// Takes an answer that came later.
+    pub fn answered(&mut self, id: RequestId, answer: Answer, now: Instant, link: &mut dyn BrokerLink) {
+        match self.requests.take(id) {
+            Some(Waiting::Flow(token)) => self.flow_answered(token, answer, now, link),
+            Some(Waiting::Echo(token)) => self.echo_answered(token, answer, now, link),
+            Some(Waiting::Stream(token)) => self.stream_answered(token, answer, now, link),
+            Some(query @ Waiting::Query { .. }) => self.query_answered(&query, answer),
+            Some(Waiting::StreamQuery { stream, key, identification }) => {
+                self.stream_query_answered(stream, &key, identification, answer, now, link);
+            }
+            Some(Waiting::Published(index)) => {
+                if let Err(error) = self.published(index, answer) {
+                    tracing::error!(%error, "a published port is not served");
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// When [`Self::expire`] has something to do.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        [
+            self.datagrams.next_deadline(),
+            self.echoes.next_deadline(),
+            self.streams.next_deadline(),
+            self.ingress.next_deadline(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// Does what is due: drops what was idle for too long, and sends again what TCP did not get through.
+    pub fn expire(&mut self, now: Instant, link: &mut dyn BrokerLink) {
+        self.expire_flows(now, link);
+        self.expire_echoes(now, link);
+        self.expire_streams(now, link);
+        self.ingress.expire(now);
+    }
+
+    /// Asks the broker. An answer that is there at once is returned.
+    pub(crate) fn ask(
+        &mut self,
+        waiting: Waiting,
+        request: Request,
+        link: &mut dyn BrokerLink,
+    ) -> Result<Answer, RequestId> {
+        let id = self.requests.add(waiting);
+        match link.submit(id, &Caller::default(), request) {
+            Submitted::Done(answer) => {
+                self.requests.take(id);
+                Ok(answer)
+            }
+            Submitted::Pending => Err(id),
+        }
+    }
+
+    /// Why a request failed, as the sandbox's kernel is told it.
+    pub(crate) fn cause(failure: &Failure) -> Cause {
+        if failure.denied { Cause::Prohibited } else { Cause::of_errno(failure.errno) }
+    }
+
+    /// The gateway's own address in the family of `like`.
+    pub(crate) fn own(&self, like: IpAddr) -> IpAddr {
+        let [first, second] = self.addresses.gateway;
+        if first.is_ipv4() == like.is_ipv4() { first } else { second }
+    }
+
+    fn read_tun(&mut self, now: Instant, link: &mut dyn BrokerLink) {
+        let mut arena = std::mem::take(&mut self.arena);
+        let mut budget = READS;
+        while budget > 0 {
+            let mut lengths = [0; READ_BATCH];
+            let mut count = 0;
+            let mut at = 0;
+            while count < READ_BATCH.min(budget)
+                && let Some(room) = arena.get_mut(at..).filter(|room| room.len() >= MAX_READ)
+            {
+                let Ok(length) = self.device.read(room) else { break };
+                if let Some(place) = lengths.get_mut(count) {
+                    *place = length;
+                }
+                at += length;
+                count += 1;
+            }
+            let full = count == READ_BATCH.min(budget) || arena.len() - at < MAX_READ;
+            let mut outgoing = Outgoing::default();
+            let mut rest = arena.as_slice();
+            for length in lengths.into_iter().take(count) {
+                let Some((packet, after)) = rest.split_at_checked(length) else { break };
+                rest = after;
+                self.packet(packet, &mut outgoing, now, link);
+            }
+            self.flush(&mut outgoing, now);
+            budget -= count;
+            if !full {
+                break;
+            }
+        }
+        self.arena = arena;
+    }
+
+    fn packet<'a>(
+        &mut self,
+        bytes: &'a [u8],
+        outgoing: &mut Outgoing<'a>,
+        now: Instant,
+        link: &mut dyn BrokerLink,
+    ) {
+        self.stats.packets_in += 1;
+        let arrival = match self.ingress.admit(bytes, now) {
+            Ok(Some(arrival)) => arrival,
+            Ok(None) => return,
+            Err(fault) => return self.dropped(fault),
+        };
+        match arrival.payload {
+            Cow::Borrowed(payload) => self.transport(&arrival, payload, outgoing, now, link),
+            // What was put together does not live as long as the batch: it goes alone, in its turn.
+            Cow::Owned(ref payload) => {
+                self.flush(outgoing, now);
+                let mut alone = Outgoing::default();
+                self.transport(&arrival, payload, &mut alone, now, link);
+                self.flush(&mut alone, now);
+            }
+        }
+    }
+
+    fn transport<'a>(
+        &mut self,
+        arrival: &Arrival<'_>,
+        payload: &'a [u8],
+        outgoing: &mut Outgoing<'a>,
+        now: Instant,
+        link: &mut dyn BrokerLink,
+    ) {
+        match arrival.transport(payload) {
+            Ok(Transport::Datagram { source, destination, payload, segment }) => {
+                let marks = (arrival.header.hops, arrival.header.traffic_class);
+                self.datagram((source, destination), payload, segment, marks, outgoing, now, link);
+            }
+            Ok(Transport::Echo { identifier, sequence, payload }) => {
+                self.echo(&arrival.header, identifier, sequence, payload, now, link);
+            }
+            Ok(Transport::Stream { source, destination, segment }) => {
+                if let Some(packet) = arrival.packet(payload) {
+                    self.segment(source, destination, segment, &packet, now, link);
+                }
+            }
+            Ok(Transport::Quiet) => {}
+            Err(fault) => {
+                self.dropped(fault);
+                if fault == Fault::Unsupported {
+                    self.unknown_protocol(arrival, payload);
+                }
+            }
+        }
+    }
+
+    fn unknown_protocol(&mut self, arrival: &Arrival<'_>, payload: &[u8]) {
+        let header = &arrival.header;
+        // An ICMP message is not answered by an error (RFC 1122, 3.2.2).
+        if matches!(header.protocol, protocol::ICMP | protocol::ICMP6) {
+            return;
+        }
+        let quoted = icmp::Quoted {
+            source: header.source,
+            destination: header.destination,
+            protocol: header.protocol,
+            head: &[],
+            payload,
+        };
+        let offender = self.own(header.source);
+        self.report(Cause::Protocol, offender, &quoted);
+    }
+
+    /// Tells the sandbox's kernel why a packet did not arrive.
+    pub(crate) fn report(&mut self, cause: Cause, offender: IpAddr, quoted: &icmp::Quoted<'_>) {
+        self.stats.errors_reported += 1;
+        let written = self.device.write_error(cause, offender, quoted);
+        self.wrote(written.map(|()| 1));
+    }
+
+    /// Counts what was written to the TUN.
+    pub(crate) fn wrote(&mut self, written: std::io::Result<usize>) {
+        match written {
+            Ok(_) => self.stats.packets_out += 1,
+            Err(error) => {
+                self.stats.packets_lost += 1;
+                tracing::debug!(%error, "a packet could not be written to the TUN");
+            }
+        }
+    }
+
+    fn dropped(&mut self, fault: Fault) {
+        let counter = match fault {
+            Fault::Malformed => &mut self.stats.malformed,
+            Fault::Checksum => &mut self.stats.bad_checksum,
+            Fault::Spoofed => &mut self.stats.spoofed,
+            Fault::NotUnicast => &mut self.stats.not_unicast,
+            Fault::Unsupported => &mut self.stats.unsupported,
+        };
+        *counter += 1;
+    }
+
+    /// How the other end of a published port is shown inside: what only means something outside (the host's
+    /// loopback), or means something else inside (the sandbox's own addresses), as the gateway.
+    pub(crate) fn shown(&self, peer: SocketAddr) -> SocketAddr {
+        let address = peer.ip().to_canonical();
+        let other = address.is_loopback() || address.is_unspecified() || self.addresses.is_guest(address);
+        // Neither flow information nor a scope means anything inside.
+        SocketAddr::new(if other { self.own(address) } else { address }, peer.port())
+    }
+}
