@@ -25,12 +25,13 @@ pub const PASTA_GATEWAY: &str = "10.77.0.254";
 const DESCRIPTORS: u64 = 65_536;
 
 /// Runs this program again with `--inside` appended, and gives its exit status.
-pub fn enter() -> Result<()> {
+pub fn enter(as_root: bool) -> Result<()> {
     raise_descriptor_limit();
     let program = env::current_exe()?;
     let status = {
         let mut child = Command::new("unshare")
-            .args(["--user", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child"])
+            .args(if as_root { &[][..] } else { &["--user", "--map-root-user"] })
+            .args(["--net", "--mount", "--pid", "--fork", "--kill-child"])
             .args(["--mount-proc", "--"])
             .arg(program)
             .args(env::args_os().skip(1))

@@ -24,14 +24,16 @@ const CHUNKS: u64 = 40;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long `true` takes, in milliseconds, in each kind of sandbox.
-pub fn start(bench: &Bench, repetitions: u32, with_kso: bool, samples: &mut Samples) -> Result<()> {
+pub fn start(bench: &Bench, repetitions: u32, kinds: &[Variant], samples: &mut Samples) -> Result<()> {
     let kso = bench.tools.kso.to_str().context("the path of kso is not UTF-8")?;
-    let mut commands = vec![
-        (UNSHARE, vec!["unshare", "-Urn", "true"]),
-        (Variant::Pasta.name(), vec!["pasta", "-f", "-q", "-4", "--config-net", "--", "true"]),
-    ];
-    if with_kso {
-        commands.push((Variant::Kso.name(), vec![kso, "run", "--", "true"]));
+    let mut commands = vec![(UNSHARE, vec!["unshare", "-Urn", "true"])];
+    for kind in kinds {
+        let command = match kind {
+            Variant::Kso => vec![kso, "run", "--", "true"],
+            Variant::Pasta => vec!["pasta", "-f", "-q", "-4", "--config-net", "--", "true"],
+            _ => continue,
+        };
+        commands.push((kind.name(), command));
     }
     for repetition in 0..repetitions {
         for (variant, command) in &commands {
