@@ -176,7 +176,9 @@ fn misuse(name: &str, flags: &str) -> Output {
     let world = World::new();
     let _echo = world.echo(7007);
     let _udp = ["10.77.0.2:7007", "10.77.0.3:7007"].map(|address| UdpEcho::start(&world.origin, address));
-    let out = world.kso(flags, argv([c_program("hostile/misuse").as_str(), name]).limit(seconds(60)));
+    let machine = std::fs::read_link("/proc/self/ns/pid").expect("/proc").display().to_string();
+    let cmd = argv([c_program("hostile/misuse").as_str(), name]).env("KSO_MACHINE_PIDNS", machine);
+    let out = world.kso(flags, cmd.limit(seconds(60)));
     no_panic(&out);
     let out = out.ok();
     world.nothing_left();

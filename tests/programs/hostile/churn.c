@@ -20,6 +20,11 @@ static void *work(void *p) {
     return 0;
 }
 
+/* Only ever a child of ours: a failed fork's -1 would mean everybody. */
+static void send_signal(pid_t child, int signal) {
+    if (child > 1) kill(child, signal);
+}
+
 static void reap(void) { while (waitpid(-1, 0, WNOHANG) > 0); }
 
 /* Forks while connects are pending in other threads. */
@@ -50,7 +55,6 @@ static void exits(void) {
         }
         usleep(2000);
         reap();
-        if (rand() % 16 == 0) kill(-1, SIGKILL);
     }
 }
 
@@ -105,7 +109,7 @@ static void kills(void) {
     pid_t list[16] = {0};
     while (going()) {
         int i = rand() % 16;
-        if (list[i]) kill(list[i], SIGKILL), waitpid(list[i], 0, 0);
+        if (list[i] > 1) send_signal(list[i], SIGKILL), waitpid(list[i], 0, 0);
         list[i] = fork();
         if (!list[i]) {
             end = now() + 5;
@@ -118,7 +122,7 @@ static void kills(void) {
         usleep(rand() % 3000);
     }
     for (int i = 0; i < 16; i++)
-        if (list[i]) kill(list[i], SIGKILL), waitpid(list[i], 0, 0);
+        if (list[i] > 1) send_signal(list[i], SIGKILL), waitpid(list[i], 0, 0);
 }
 
 /* Stops and continues children in their calls, and signals them all the time. */
@@ -138,10 +142,11 @@ static void signals(void) {
     }
     while (going()) {
         int i = rand() % 6, pick = rand() % 10;
-        kill(list[i], pick == 0 ? SIGSTOP : pick < 3 ? SIGCONT : SIGUSR1);
+        send_signal(list[i], pick == 0 ? SIGSTOP : pick < 3 ? SIGCONT : SIGUSR1);
         usleep(rand() % 300);
     }
-    for (int i = 0; i < 6; i++) kill(list[i], SIGKILL), waitpid(list[i], 0, 0);
+    for (int i = 0; i < 6; i++)
+        if (list[i] > 1) send_signal(list[i], SIGKILL), waitpid(list[i], 0, 0);
 }
 
 int main(int argc, char **argv) {

@@ -18,6 +18,8 @@ static void *swap(void *p) {
 static int host_socket(int how) {
     int fd = how & 1 ? tcp_nonblocking() : tcp();
     struct sockaddr none = {.sa_family = AF_UNSPEC};
+    struct timeval limit = {0, 5000};
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
     if (how & 2) {
         struct address any = to("0.0.0.0", 0);
         bind(fd, (void *)&any.storage, any.length);
@@ -28,6 +30,7 @@ static int host_socket(int how) {
     }
     dial(fd, ORIGIN, 7007);
     ready(fd, POLLOUT, 1000);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
     connect(fd, &none, sizeof none);
     return fd;
 }

@@ -7,7 +7,9 @@ static atomic_int stop;
 static void *swap(void *p) {
     while (!stop) {
         shared = allowed;
+        __asm__ volatile("" ::: "memory");
         shared = denied;
+        __asm__ volatile("" ::: "memory");
     }
     return 0;
 }
@@ -21,6 +23,8 @@ int main(int argc, char **argv) {
     int connected = 0, refused = 0, wrong = 0, other = 0;
     for (int i = 0; i < atoi(argv[1]); i++) {
         int fd = i % 2 ? tcp() : tcp_nonblocking();
+        struct timeval limit = {0, 20000};
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         int rc = connect(fd, (void *)&shared, sizeof shared);
         if (rc && errno == EINPROGRESS) rc = ready(fd, POLLOUT, 3000) == POLLOUT ? 0 : -1;
         if (!rc) {
