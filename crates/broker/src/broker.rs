@@ -242,7 +242,6 @@ impl Broker {
         let Some(session) = self.sessions.remove(&id.0) else { return };
         self.forwarder.forget_session(id.0);
         self.completed.retain(|(other, ..)| *other != id);
-        self.shared.track.forget_session(id.0);
         let end =
             event::SessionEnd { name: session.name.clone(), duration_us: session.started.elapsed().into() };
         let caller = Caller { pid: session.pid, program: String::new() };

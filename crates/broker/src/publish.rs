@@ -25,6 +25,8 @@ pub(crate) enum Fate {
     Inside,
     /// It is published, but no publication fits its family.
     Unfit,
+    /// Its port is published, but the program listens on loopback alone.
+    OnLoopback,
     /// It listens here.
     Outside(Place),
 }
@@ -41,6 +43,10 @@ pub(crate) fn fate(listen: &Listen, publications: &[Publication], mode: Loopback
     let published = |one: &&Publication| {
         one.protocol == Protocol::Tcp && (one.inner_port == 0 || one.inner_port == port && port != 0)
     };
+    if ip.is_loopback() && mode == LoopbackMode::Private {
+        let explicit = |one: &Publication| published(&one) && one.inner_port != 0;
+        return if publications.iter().any(explicit) { Fate::OnLoopback } else { Fate::Inside };
+    }
     let mut unfit = false;
     if !ip.is_loopback() {
         for publication in publications.iter().filter(published) {
@@ -144,6 +150,17 @@ mod tests {
         for (local, v6_only, publication, expected) in table {
             assert_eq!(outside(local, v6_only, publication).as_deref(), expected, "{local} {publication}");
         }
+    }
+
+    #[test]
+    fn a_published_port_on_loopback_is_told_apart() {
+        let of = |publication: &str| {
+            let publication = kso_core::publish::parse(publication).unwrap();
+            fate(&listen("127.0.0.1:80", false), &[publication], LoopbackMode::Private)
+        };
+        assert_eq!(of("8080:80"), Fate::OnLoopback);
+        assert_eq!(of("8080:81"), Fate::Inside);
+        assert_eq!(of("all"), Fate::Inside);
     }
 
     #[test]

@@ -184,13 +184,18 @@ pub(crate) fn denied(
 pub(crate) fn listen(session: &mut Session, shared: &mut Shared, caller: &Caller, wanted: &Listen) -> Answer {
     let place = match publish::fate(wanted, &session.publish, session.loopback) {
         Fate::Outside(place) => place,
-        Fate::Inside | Fate::Unfit if wanted.backlog.is_none() => return stay_inside(),
+        _ if wanted.backlog.is_none() => return stay_inside(),
         fate => {
-            if fate == Fate::Unfit {
-                tracing::warn!(
+            match fate {
+                Fate::Unfit => tracing::warn!(
                     listener = %wanted.local,
                     "published on an address of the other family: the listener stays inside"
-                );
+                ),
+                Fate::OnLoopback => tracing::warn!(
+                    listener = %wanted.local,
+                    "its port is published, but on loopback it stays inside: let the program listen on 0.0.0.0"
+                ),
+                Fate::Inside | Fate::Outside(_) => {}
             }
             let kind = Kind::Listen(event::Listen { local: wanted.local, published: None, error: None });
             shared.eyes.see(session.id, &session.name, caller, kind);

@@ -16,7 +16,7 @@ use kso_core::event::{self, Direction, Kind};
 use kso_provider::diagnostics::{self, Ends, Socket};
 use kso_wire::{Caller, Errno};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 const MAX_TRACKED: usize = 65_536;
 /// Time between looks.
 const LOOK: Duration = Duration::from_millis(250);
+/// Least time between looks for connections whose ends were lost.
+const PRUNE: Duration = Duration::from_secs(10);
 /// A connection attempt that ended after this time without an answer timed out; before, the program gave up
 /// (`tcp_syn_retries`, tcp(7): 127 s by default, programs set less).
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -111,6 +113,7 @@ pub(crate) struct Track {
     ends: Option<Ends>,
     by_cookie: HashMap<u64, Tracked>,
     next_look: Option<Instant>,
+    pruned: Option<Instant>,
 }
 
 impl Track {
@@ -135,14 +138,31 @@ impl Track {
     }
 
     pub fn add(&mut self, cookie: u64, tracked: Tracked) {
-        if self.ends.is_some() && self.by_cookie.len() < MAX_TRACKED {
+        if self.ends.is_none() {
+            return;
+        }
+        if self.by_cookie.len() >= MAX_TRACKED {
+            self.prune();
+        }
+        if self.by_cookie.len() < MAX_TRACKED {
             self.by_cookie.insert(cookie, tracked);
         }
     }
 
-    /// The session ended: what it opened is closed with it.
-    pub fn forget_session(&mut self, session: u64) {
-        self.by_cookie.retain(|_, tracked| tracked.session != session);
+    /// Forgets connections whose ends were not told.
+    fn prune(&mut self) {
+        let now = Instant::now();
+        if self.pruned.is_some_and(|last| now.duration_since(last) < PRUNE) {
+            return;
+        }
+        self.pruned = Some(now);
+        let mut live = HashSet::new();
+        let looked = diagnostics::sockets(|socket| {
+            live.insert(socket.cookie);
+        });
+        if looked.is_ok() {
+            self.by_cookie.retain(|cookie, _| live.contains(cookie));
+        }
     }
 
     /// Waits a moment for the ends of what a session had open: the kernel tells them a little later
@@ -175,6 +195,7 @@ impl Track {
         });
         if let Err(error) = result {
             tracing::debug!(%error, "ends of connections were not told");
+            self.prune();
         }
     }
 
