@@ -50,13 +50,8 @@ enum Work {
     },
     /// Connect, send 100 bytes, receive 100 bytes, close; again and again
     Connect,
-    /// The same `count` times, with a line for each `chunk`
-    Soak {
-        #[arg(long)]
-        count: u64,
-        #[arg(long)]
-        chunk: u64,
-    },
+    /// The same, as often as each line of standard input says
+    Soak,
     /// Opens connections and keeps them: one target number per line of standard input
     Hold,
     /// Datagrams to and fro
@@ -109,7 +104,7 @@ pub fn run(args: &Args) -> Result<()> {
             connect_for(args.to, window.warm_up)?;
             say_value(connect_for(args.to, window.length)?)
         }
-        Work::Soak { count, chunk } => soak(args.to, count, chunk),
+        Work::Soak => soak(args.to),
         Work::Hold => hold(args.to),
         Work::UdpPingpong { size } => say(udp_pingpong(args.to, size, window)?),
         Work::UdpUp { size } => say(udp_up(args.to, size, window)?),
@@ -218,16 +213,14 @@ fn connect_for(to: SocketAddr, time: Duration) -> Result<f64> {
     rate(Window { warm_up: Duration::ZERO, length: time }, || connect_once(to))
 }
 
-fn soak(to: SocketAddr, count: u64, chunk: u64) -> Result<()> {
-    let mut done = 0;
-    let mut start = Instant::now();
-    while done < count {
-        connect_once(to).with_context(|| format!("connection {done}"))?;
-        done += 1;
-        if done % chunk.max(1) == 0 {
-            say_value(chunk as f64 / start.elapsed().as_secs_f64())?;
-            start = Instant::now();
+fn soak(to: SocketAddr) -> Result<()> {
+    for line in io::stdin().lock().lines() {
+        let count: u32 = line?.trim().parse().context("a number of connections")?;
+        let start = Instant::now();
+        for number in 0..count {
+            connect_once(to).with_context(|| format!("connection {number}"))?;
         }
+        say_value(f64::from(count) / start.elapsed().as_secs_f64())?;
     }
     Ok(())
 }

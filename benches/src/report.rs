@@ -109,8 +109,8 @@ same loopback, reached by the sandbox's gateway address or by a published port. 
 which joins loopback to loopback for ports named beforehand. The variants alternate within each row, each repetition
 with fresh processes; native and kso are repeated more often. \"One processor\" and \"two processors\" say where client
 and server are pinned; streams are always measured across two; what carries the sandbox's network is never pinned.
-Figures are medians with quartiles; ratios are ratios of medians, with the quartiles of the ratios of neighbouring
-repetitions. More is better except for `start` and memory.
+Figures are medians with quartiles; so are the ratios, which are taken between neighbouring repetitions. More is better
+except for `start` and memory.
 ";
 
 fn save(output: &Path, name: &str, text: &str) -> Result<()> {
@@ -131,13 +131,10 @@ fn with_quartiles(summary: &Summary) -> String {
     format!("{} ({}–{})", number(summary.median), number(summary.low), number(summary.high))
 }
 
-/// The ratio of medians, and the quartiles of paired ratios.
+/// The median and quartiles of the ratios of neighbouring repetitions: what the machine does to one for a while
+/// it does to the other as well.
 fn ratio(samples: &Samples, row: &str, variant: Variant, base: Variant) -> Option<Summary> {
-    let (values, bases) = (samples.of(row, variant.name()), samples.of(row, base.name()));
-    let only = |pairs: &[(u32, f64)]| pairs.iter().map(|pair| pair.1).collect::<Vec<_>>();
-    let median = summary(&only(&values))?.median / summary(&only(&bases))?.median;
-    let pairs = summary(&paired_ratios(&values, &bases))?;
-    median.is_finite().then_some(Summary { median, ..pairs })
+    summary(&paired_ratios(&samples.of(row, variant.name()), &samples.of(row, base.name())))
 }
 
 fn verdict(met: bool) -> &'static str {
@@ -268,26 +265,30 @@ fn ends(values: &[f64]) -> Option<(f64, f64)> {
 
 fn soak_table(samples: &Samples) -> String {
     let mut rows = String::new();
-    let mut add = |variant: Variant, what: &str, met: &dyn Fn(f64, f64) -> Option<bool>| {
-        let row = format!("{SOAK}/{what}");
-        if let Some((first, last)) = ends(&samples.values(&row, variant.name())) {
+    let mut add = |what: &str, values: &[f64], met: &dyn Fn(f64, f64) -> Option<bool>| {
+        if let Some((first, last)) = ends(values) {
             let verdict = met(first, last).map_or("", verdict);
             let share = last / first;
             let (first, last) = (number(first), number(last));
-            let _ = writeln!(rows, "| {variant} {what} | {first} | {last} | {share:.2} | {verdict} |");
+            let _ = writeln!(rows, "| {what} | {first} | {last} | {share:.2} | {verdict} |");
         }
     };
-    add(Variant::Native, "rate", &|_, _| None);
-    add(Variant::Kso, "rate", &|first, last| Some(last >= first * (1.0 - SOAK_NOISE)));
-    add(Variant::Kso, "rss", &|first, last| Some(last <= first + SOAK_GROWTH_KIB));
-    add(Variant::Kso, "descriptors", &|first, last| Some(last <= first));
-    add(Variant::Kso, "threads", &|first, last| Some(last <= first));
+    let rates = format!("{SOAK}/rate");
+    let (native, kso) = (Variant::Native.name(), Variant::Kso.name());
+    let ratios = paired_ratios(&samples.of(&rates, kso), &samples.of(&rates, native));
+    add("native, connections/s", &samples.values(&rates, native), &|_, _| None);
+    add("kso, connections/s", &samples.values(&rates, kso), &|_, _| None);
+    add("kso : native", &ratios, &|first, last| Some(last >= first * (1.0 - SOAK_NOISE)));
+    let cost = |what: &str| samples.values(&format!("{SOAK}/{what}"), kso);
+    add("kso, resident KiB", &cost("rss"), &|first, last| Some(last <= first + SOAK_GROWTH_KIB));
+    add("kso, descriptors", &cost("descriptors"), &|first, last| Some(last <= first));
+    add("kso, threads", &cost("threads"), &|first, last| Some(last <= first));
     if rows.is_empty() {
         return rows;
     }
     "## Soak: 200,000 short connections through one sandbox\n\n\
-     Rate in connections/s, resident set in KiB; medians of the first and of the last quarter of the run. The rate \
-     may end at most 5 % lower, the resident set at most 1 MiB higher, the rest no higher.\n\n\
+     As many natively in between, in turns. Medians of the first and of the last quarter of the run. The ratio to \
+     native may end at most 5 % lower, the resident set at most 1 MiB higher, the rest no higher.\n\n\
      | | first | last | last : first | |\n|---|---|---|---|---|\n"
         .to_owned()
         + &rows

@@ -229,12 +229,10 @@ impl Session<'_> {
         }
         if self.args.wants(special::SOAK) {
             let count = if quick { 20_000 } else { 200_000 };
-            for variant in [Variant::Native, Variant::Kso] {
-                if self.takes(variant) {
-                    eprintln!("{}: {variant}, {count} connections", special::SOAK);
-                    note(special::SOAK, special::soak(bench, count, variant, &mut self.samples));
-                }
-            }
+            let variants: Vec<Variant> =
+                [Variant::Native, Variant::Kso].into_iter().filter(|variant| takes(*variant)).collect();
+            eprintln!("{}: {count} connections", special::SOAK);
+            note(special::SOAK, special::soak(bench, count, &variants, &mut self.samples));
         }
     }
 }

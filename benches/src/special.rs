@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::client::Outcome;
 use crate::measure::Bench;
-use crate::procfs::{Usage, usage};
+use crate::procfs::usage;
 use crate::rows::{Pin, Via};
 use crate::samples::Samples;
-use crate::sandbox::{Job, Variant};
+use crate::sandbox::Variant;
 
 pub const START: &str = "start";
 pub const MEMORY: &str = "memory";
@@ -20,7 +20,7 @@ pub const UNSHARE: &str = "unshare";
 /// Connections that are open when the memory is looked at.
 pub const HELD: [u32; 3] = [0, 1000, 10_000];
 /// Parts of the soak whose rates are compared.
-const CHUNKS: u64 = 40;
+const CHUNKS: u32 = 40;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long `true` takes, in milliseconds, in each kind of sandbox.
@@ -92,35 +92,34 @@ pub fn memory(bench: &Bench, repetitions: u32, samples: &mut Samples) -> Result<
     Ok(())
 }
 
-/// Many short connections through one sandbox: the rate and what the sandbox costs, chunk by chunk.
-pub fn soak(bench: &Bench, count: u64, variant: Variant, samples: &mut Samples) -> Result<()> {
+/// Many short connections through one sandbox: the rate and what the sandbox costs, chunk by chunk. As many
+/// connections are made natively in between, chunk about: what the machine does to one it does to the other.
+pub fn soak(bench: &Bench, count: u32, variants: &[Variant], samples: &mut Samples) -> Result<()> {
     let chunk = (count / CHUNKS).max(1);
     let port = bench.next_port();
-    let _server = bench.start_server(Via::Out, variant, port, Pin::Free)?;
-    let mut command = bench.client_command(Via::Out, variant, port, Pin::Free)?;
-    command.extend(["soak".into(), "--count".into(), count.to_string().into()]);
-    command.extend(["--chunk".into(), chunk.to_string().into()]);
-    let mut client = bench.start_client(Via::Out, variant, port, &command)?;
-    for number in 0..u32::try_from(count / chunk)? {
-        let line = client.line(PATIENCE).with_context(|| format!("after {number} chunks of {chunk}"))?;
-        let outcome: Outcome = serde_json::from_str(&line)?;
-        let mut add = |what: &str, value: f64, unit: &str| {
-            samples.add(&format!("{SOAK}/{what}"), variant.name(), number, value, unit);
-        };
-        add("rate", outcome.value, "connections/s");
-        if variant == Variant::Kso {
-            record(&client, &mut add);
+    let _server = bench.start_server(Via::Out, Variant::Native, port, Pin::Free)?;
+    let mut clients = Vec::new();
+    for variant in variants {
+        let mut command = bench.client_command(Via::Out, *variant, port, Pin::Free)?;
+        command.push("soak".into());
+        clients.push((*variant, bench.start_client(Via::Out, *variant, port, &command)?));
+    }
+    for number in 0..CHUNKS {
+        for (variant, client) in &mut clients {
+            client.say(&chunk.to_string())?;
+            let line = client.line(PATIENCE).with_context(|| format!("after {number} chunks of {chunk}"))?;
+            let outcome: Outcome = serde_json::from_str(&line)?;
+            let mut add = |what: &str, value: f64, unit: &str| {
+                samples.add(&format!("{SOAK}/{what}"), variant.name(), number, value, unit);
+            };
+            add("rate", outcome.value, "connections/s");
+            if *variant == Variant::Kso {
+                let usage = usage(client.pid())?;
+                add("rss", usage.resident as f64 / 1024.0, "KiB");
+                add("descriptors", usage.descriptors as f64, "");
+                add("threads", usage.threads as f64, "");
+            }
         }
     }
     Ok(())
-}
-
-/// After the last chunk the sandbox may be gone already.
-fn record(client: &Job, add: &mut impl FnMut(&str, f64, &str)) {
-    let Ok(Usage { resident, descriptors, threads, processes, .. }) = usage(client.pid()) else { return };
-    if processes > 1 {
-        add("rss", resident as f64 / 1024.0, "KiB");
-        add("descriptors", descriptors as f64, "");
-        add("threads", threads as f64, "");
-    }
 }
