@@ -14,6 +14,7 @@
 
 use crate::device::Train;
 use crate::gateway::Gateway;
+use crate::outgoing::Outgoing;
 use crate::packet::icmp::{Cause, Quoted};
 use crate::packet::ip::HOPS;
 use crate::packet::protocol;
@@ -23,7 +24,7 @@ use crate::table::{Table, Token};
 use crate::watch::{Ready, Source, Waiting};
 use crate::{GatewayConfig, queries};
 use kso_sys::datagram::{
-    self, Destination, ErrorOrigin, MAX_RECEIVE, MAX_SEGMENTS, MAX_SEND, Message, QueuedError, ReceiveBatch,
+    self, Destination, ErrorOrigin, MAX_RECEIVE, MAX_SEND, Message, QueuedError, ReceiveBatch,
 };
 use kso_wire::{Answer, BrokerLink, Errno, Family, OpenDatagram, Reply, Request, RequestId};
 use std::io::IoSlice;
@@ -41,8 +42,6 @@ const REFUSAL: Duration = Duration::from_secs(1);
 const MAKE_ROOM: usize = 8;
 /// Errors that are taken off a queue at one time.
 const MAX_ERRORS: usize = 32;
-/// The most bytes sent by one call in segments.
-const MAX_TRAIN: usize = 65_000;
 
 /// A flow's ends as the sandbox sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -136,63 +135,6 @@ impl Datagrams {
         let token = self.table.find(key)?;
         self.last = Some((*key, token));
         Some(token)
-    }
-}
-
-/// Datagrams of one flow on their way out, so that they leave together.
-#[derive(Debug)]
-pub struct Outgoing<'a> {
-    token: Option<Token>,
-    slices: [IoSlice<'a>; MAX_SEND],
-    /// Bytes of each datagram within the slice, 0 for all of it.
-    units: [u16; MAX_SEND],
-    count: usize,
-}
-
-impl Default for Outgoing<'_> {
-    fn default() -> Self {
-        Self { token: None, slices: [IoSlice::new(&[]); MAX_SEND], units: [0; MAX_SEND], count: 0 }
-    }
-}
-
-impl<'a> Outgoing<'a> {
-    fn push(&mut self, payload: &'a [u8], segment: Option<u16>) {
-        if let (Some(slice), Some(unit)) = (self.slices.get_mut(self.count), self.units.get_mut(self.count)) {
-            *slice = IoSlice::new(payload);
-            *unit = segment.unwrap_or(0);
-            self.count += 1;
-        }
-    }
-
-    /// Groups the slices from `from` on into messages: datagrams of one size (the last may be shorter) are one.
-    fn messages(&self, from: usize, limit: usize) -> ([Message; MAX_SEND], usize) {
-        let mut messages = [Message::default(); MAX_SEND];
-        let mut count = 0_usize;
-        let (mut unit, mut bytes, mut datagrams, mut closed) = (0, 0, 0, true);
-        let slices = self.slices.iter().zip(&self.units).take(self.count).skip(from);
-        for (slice, segment) in slices {
-            let own = if *segment == 0 { slice.len() } else { usize::from(*segment) };
-            let more = slice.len().div_ceil(own.max(1));
-            let goes = !closed
-                && own > 0
-                && own <= limit
-                && (own == unit || own == slice.len() && own < unit)
-                && bytes + slice.len() <= MAX_TRAIN
-                && datagrams + more <= MAX_SEGMENTS;
-            if goes && let Some(message) = count.checked_sub(1).and_then(|last| messages.get_mut(last)) {
-                message.slices += 1;
-                message.segment = unit as u16;
-                bytes += slice.len();
-                datagrams += more;
-                closed = own < unit || !slice.len().is_multiple_of(unit);
-            } else if let Some(message) = messages.get_mut(count) {
-                *message = Message { slices: 1, segment: *segment };
-                (unit, bytes, datagrams) = (own, slice.len(), more);
-                closed = own == 0 || own > limit || !slice.len().is_multiple_of(own);
-                count += 1;
-            }
-        }
-        (messages, count)
     }
 }
 
@@ -560,7 +502,14 @@ impl Gateway {
         (cause.unwrap_or(Cause::Host), offender)
     }
 
-    fn report_datagram(&mut self, key: &FlowKey, cause: Cause, offender: IpAddr, payload: &[u8], length: usize) {
+    fn report_datagram(
+        &mut self,
+        key: &FlowKey,
+        cause: Cause,
+        offender: IpAddr,
+        payload: &[u8],
+        length: usize,
+    ) {
         let length = length.min(usize::from(u16::MAX) - UDP_HEADER);
         let Some(head) = udp_header(key.guest.port(), key.peer.port(), length) else { return };
         let quoted = Quoted {
@@ -571,38 +520,5 @@ impl Gateway {
             payload,
         };
         self.report(cause, offender, &quoted);
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
-mod tests {
-    use super::*;
-
-    fn grouped(sizes: &[(usize, u16)], limit: usize) -> Vec<(usize, u16)> {
-        let bytes = vec![0; 65_535];
-        let mut outgoing = Outgoing::default();
-        for (size, segment) in sizes {
-            outgoing.push(&bytes[..*size], Some(*segment).filter(|segment| *segment != 0));
-        }
-        let (messages, count) = outgoing.messages(0, limit);
-        assert_eq!(messages[..count].iter().map(|message| message.slices).sum::<usize>(), sizes.len());
-        messages[..count].iter().map(|message| (message.slices, message.segment)).collect()
-    }
-
-    #[test]
-    fn datagrams_of_one_size_are_one_message() {
-        let any = usize::MAX;
-        assert_eq!(grouped(&[(100, 0), (100, 0), (50, 0), (50, 0)], any), [(3, 100), (1, 0)]);
-        assert_eq!(grouped(&[(100, 0), (200, 0)], any), [(1, 0), (1, 0)]);
-        assert_eq!(grouped(&[(0, 0), (0, 0), (5, 0)], any), [(1, 0), (1, 0), (1, 0)]);
-        assert_eq!(grouped(&[(100, 0), (0, 0)], any), [(1, 0), (1, 0)]);
-        assert_eq!(grouped(&[(40_000, 0), (40_000, 0)], any), [(1, 0), (1, 0)]);
-        assert_eq!(grouped(&[(100, 0), (100, 0)], 99), [(1, 0), (1, 0)]);
-        assert_eq!(grouped(&[(10, 0); 64], any), [(64, 10)]);
-        // Segments of the sandbox's own.
-        assert_eq!(grouped(&[(1000, 100), (1000, 100), (950, 100), (100, 0)], any), [(3, 100), (1, 0)]);
-        assert_eq!(grouped(&[(6400, 100), (100, 0)], any), [(1, 100), (1, 0)]);
-        assert_eq!(grouped(&[(1000, 100), (1000, 100)], 99), [(1, 100), (1, 100)]);
     }
 }

@@ -141,12 +141,8 @@ impl Device {
         let malformed = || io::Error::from(io::ErrorKind::InvalidData);
         let header = ip::Header::parse(packet).map_err(|_| malformed())?;
         let start = header.payload.start;
-        let sum = Sum::default().pseudo(
-            header.source,
-            header.destination,
-            protocol::TCP,
-            header.payload.len(),
-        );
+        let sum =
+            Sum::default().pseudo(header.source, header.destination, protocol::TCP, header.payload.len());
         put(packet, start + usize::from(TCP_CHECKSUM), &sum.partial());
         let head = vnet::partial(start, TCP_CHECKSUM, 0, None);
         self.write_slices(&[IoSlice::new(&head), IoSlice::new(packet)])

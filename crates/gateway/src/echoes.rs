@@ -186,7 +186,9 @@ impl Gateway {
         self.echoes.table.touch(token, false, now);
         let mut again = true;
         loop {
-            let Some((key, State::Open { socket, marks, .. })) = self.echoes.table.get_mut(token) else { return };
+            let Some((key, State::Open { socket, marks, .. })) = self.echoes.table.get_mut(token) else {
+                return;
+            };
             let key = *key;
             if marks.0 != wanted.0 {
                 let _ = datagram::set_hops(socket.as_fd(), family(key.peer), wanted.0);
@@ -205,7 +207,8 @@ impl Gateway {
                 let sum = Sum::default().bytes(message).finish();
                 put(message, 2, &sum);
             }
-            let errno = match rustix::net::send(&*socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            let errno = match rustix::net::send(&*socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+            {
                 Ok(_) => {
                     self.stats.datagrams_sent += 1;
                     return;
@@ -250,8 +253,7 @@ impl Gateway {
 
     fn write_reply(&mut self, key: &EchoKey, sequence: u16, payload: &[u8]) {
         let v4 = key.peer.is_ipv4();
-        let (kind, number) =
-            if v4 { (ECHO_REPLY, protocol::ICMP) } else { (ECHO_REPLY_6, protocol::ICMP6) };
+        let (kind, number) = if v4 { (ECHO_REPLY, protocol::ICMP) } else { (ECHO_REPLY_6, protocol::ICMP6) };
         let length = ECHO_HEADER + payload.len();
         let start = header_length(key.peer);
         let packet = &mut self.echoes.scratch;
@@ -262,7 +264,8 @@ impl Gateway {
         }
         packet.extend_from_slice(&echo_header(kind, key.identifier, sequence));
         packet.extend_from_slice(payload);
-        let sum = if v4 { Sum::default() } else { Sum::default().pseudo(key.peer, key.guest, number, length) };
+        let sum =
+            if v4 { Sum::default() } else { Sum::default().pseudo(key.peer, key.guest, number, length) };
         let sum = sum.bytes(packet.get(start..).unwrap_or_default()).finish();
         put(packet, start + 2, &sum);
         let written = self.device.write(packet);

@@ -1,9 +1,10 @@
 //! The gateway's own loop body: what is ready, what was answered, what is due.
 
-use crate::datagrams::{Datagrams, Outgoing};
+use crate::datagrams::Datagrams;
 use crate::device::{Device, MAX_READ};
 use crate::echoes::Echoes;
 use crate::ingress::{Arrival, Ingress};
+use crate::outgoing::Outgoing;
 use crate::packet::icmp::Cause;
 use crate::packet::transport::Transport;
 use crate::packet::{Fault, icmp, protocol};
@@ -11,7 +12,9 @@ use crate::streams::Streams;
 use crate::watch::{Requests, Source, Waiting, Watch};
 use crate::{GatewayConfig, GatewayError, GatewayStats};
 use kso_sys::tun::Tun;
-use kso_wire::{Answer, BrokerLink, Caller, Failure, Publication, Request, RequestId, Submitted, TunAddresses};
+use kso_wire::{
+    Answer, BrokerLink, Caller, Failure, Publication, Request, RequestId, Submitted, TunAddresses,
+};
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};

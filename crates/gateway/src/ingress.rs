@@ -78,7 +78,9 @@ impl Ingress {
             let quiet = matches!(header.protocol, protocol::ICMP6 | IGMP);
             return if quiet { Ok(None) } else { Err(Fault::NotUnicast) };
         }
-        if !self.addresses.guest.contains(&header.source) || self.addresses.guest.contains(&header.destination) {
+        if !self.addresses.guest.contains(&header.source)
+            || self.addresses.guest.contains(&header.destination)
+        {
             return Err(Fault::Spoofed);
         }
         let payload = packet.get(header.payload.clone()).ok_or(Fault::Malformed)?;
@@ -194,7 +196,11 @@ mod tests {
             ("fd6b:736f::2", "ff02::fb", Fault::NotUnicast),
             ("fd6b:736f::2", "::ffff:10.0.0.1", Fault::NotUnicast),
         ] {
-            assert_eq!(fault(&datagram(source, destination, b"hello")), Some(expected), "{source} {destination}");
+            assert_eq!(
+                fault(&datagram(source, destination, b"hello")),
+                Some(expected),
+                "{source} {destination}"
+            );
         }
         let mut bad = datagram("198.18.0.2", "10.0.0.1", b"hello");
         *bad.last_mut().unwrap() ^= 1;

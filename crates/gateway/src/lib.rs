@@ -25,6 +25,7 @@ mod dns;
 mod echoes;
 mod gateway;
 mod ingress;
+mod outgoing;
 mod packet;
 mod published;
 mod queries;

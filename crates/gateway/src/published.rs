@@ -65,7 +65,8 @@ impl Gateway {
             (Ok(_), _) => return Err(failed(Errno::EPROTO)),
             // A host without IPv6 has no ::1.
             (Err(failure), _)
-                if address.is_none() && matches!(failure.errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT) =>
+                if address.is_none()
+                    && matches!(failure.errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT) =>
             {
                 return Ok(());
             }
@@ -142,7 +143,9 @@ impl Gateway {
     pub(crate) fn report_published(&mut self, place: u32) {
         let mut buffer = [0; 1280];
         for _ in 0..MAX_ERRORS {
-            let Some(Published { socket, guest }) = self.datagrams.published.get(place as usize) else { return };
+            let Some(Published { socket, guest }) = self.datagrams.published.get(place as usize) else {
+                return;
+            };
             let guest = *guest;
             let Ok(Some(error)) = datagram::next_error(socket.as_fd(), &mut buffer) else { return };
             if let Some(peer) = error.peer {

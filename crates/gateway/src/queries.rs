@@ -30,21 +30,18 @@ impl Gateway {
                 self.stats.datagrams_lost += 1;
                 continue;
             }
-            let length = query.len().min(QUERY_HEAD);
-            let mut head = [0; QUERY_HEAD];
-            crate::packet::put(&mut head, 0, query.get(..length).unwrap_or_default());
+            let head = query.get(..query.len().min(QUERY_HEAD)).unwrap_or_default().into();
             let limit = dns::answer_limit(query);
-            let waiting = Waiting::Query { asker: key.guest, asked: key.peer, limit, head, length };
-            if let Ok(answer) = self.ask(waiting, Request::Resolve(query.to_vec()), link) {
+            let waiting = Waiting::Query { asker: key.guest, asked: key.peer, limit, head };
+            if let Ok(answer) = self.ask(waiting.clone(), Request::Resolve(query.to_vec()), link) {
                 self.query_answered(&waiting, answer);
             }
         }
     }
 
     pub(crate) fn query_answered(&mut self, waiting: &Waiting, answer: Answer) {
-        let Waiting::Query { asker, asked, limit, head, length } = waiting else { return };
-        let query = head.get(..*length).unwrap_or_default();
-        let mut message = answer_or_failure(query, answer);
+        let Waiting::Query { asker, asked, limit, head } = waiting else { return };
+        let mut message = answer_or_failure(head, answer);
         dns::truncate(&mut message, *limit);
         let written = self.device.write_payload(*asked, *asker, &message);
         self.wrote(written.map(|()| 1));

@@ -68,7 +68,8 @@ impl Reassembly {
             protocol: if header.source.is_ipv4() { header.protocol } else { 0 },
         };
         let (start, end) = (fragment.offset, fragment.offset + payload.len());
-        let fits = end <= MAX_PAYLOAD && !payload.is_empty() && !(fragment.more && payload.len() % 8 != 0);
+        let fits =
+            end <= MAX_PAYLOAD && !payload.is_empty() && (!fragment.more || payload.len().is_multiple_of(8));
         if !fits {
             self.remove(key);
             return Outcome::Spoiled;
@@ -76,7 +77,8 @@ impl Reassembly {
         if !self.packets.contains_key(&key) {
             self.make_room(MAX_PACKETS - 1, MAX_BYTES.saturating_sub(MAX_PAYLOAD));
         }
-        let fresh = || Assembly { pieces: Vec::new(), bytes: Vec::new(), total: None, header: None, since: now };
+        let fresh =
+            || Assembly { pieces: Vec::new(), bytes: Vec::new(), total: None, header: None, since: now };
         let assembly = self.packets.entry(key).or_insert_with(fresh);
         let before = assembly.bytes.len();
         let good = assembly.add(start, end, payload, fragment.more);
@@ -158,7 +160,8 @@ impl Assembly {
 
     /// Joins the piece at `at` with the next one if they touch.
     fn join(&mut self, at: usize) {
-        let (Some(piece), Some(next)) = (self.pieces.get(at).copied(), self.pieces.get(at + 1).copied()) else {
+        let (Some(piece), Some(next)) = (self.pieces.get(at).copied(), self.pieces.get(at + 1).copied())
+        else {
             return;
         };
         if piece.1 == next.0 {

@@ -102,7 +102,12 @@ impl Watch {
     /// # Errors
     /// No memory, or too many watches.
     pub fn add(&self, descriptor: impl AsFd, source: Source) -> Result<(), Errno> {
-        epoll::add(&self.epoll, descriptor, epoll::EventData::new_u64(source.to_bits()), epoll::EventFlags::IN)
+        epoll::add(
+            &self.epoll,
+            descriptor,
+            epoll::EventData::new_u64(source.to_bits()),
+            epoll::EventFlags::IN,
+        )
     }
 
     /// Watches for changes in both directions.
@@ -110,7 +115,8 @@ impl Watch {
     /// # Errors
     /// No memory, or too many watches.
     pub fn add_stream(&self, descriptor: impl AsFd, source: Source) -> Result<(), Errno> {
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        let flags =
+            epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         epoll::add(&self.epoll, descriptor, epoll::EventData::new_u64(source.to_bits()), flags)
     }
 
@@ -124,9 +130,8 @@ impl Watch {
         ready.extend(self.events.iter().map(|event| {
             let flags = event.flags;
             let state = Ready {
-                readable: flags.intersects(
-                    epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::HUP,
-                ),
+                readable: flags
+                    .intersects(epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::HUP),
                 writable: flags.contains(epoll::EventFlags::OUT),
                 error: flags.contains(epoll::EventFlags::ERR),
             };
@@ -142,7 +147,7 @@ impl Watch {
 }
 
 /// Who waits for an answer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Waiting {
     /// A datagram flow that is to be opened.
     Flow(Token),
@@ -159,9 +164,7 @@ pub enum Waiting {
         /// How long the answer may be, bytes.
         limit: usize,
         /// The first bytes of the query, for an answer if there is none.
-        head: [u8; QUERY_HEAD],
-        /// How many those are.
-        length: usize,
+        head: Box<[u8]>,
     },
     /// A query that came by a stream.
     StreamQuery {

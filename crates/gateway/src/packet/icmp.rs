@@ -73,7 +73,9 @@ impl Cause {
     pub fn of_errno(errno: Errno) -> Self {
         match errno {
             Errno::ECONNREFUSED => Self::Port,
-            Errno::ENETUNREACH | Errno::ENETDOWN | Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT => Self::Network,
+            Errno::ENETUNREACH | Errno::ENETDOWN | Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT => {
+                Self::Network
+            }
             Errno::EACCES | Errno::EPERM => Self::Prohibited,
             Errno::EPROTO | Errno::ENOPROTOOPT | Errno::EPROTONOSUPPORT => Self::Protocol,
             _ => Self::Host,
@@ -176,7 +178,10 @@ mod tests {
                 let mut out = [0; LONGEST];
                 let whole = write(&mut out, Cause::Port, destination, &quoted).unwrap();
                 let header = Header::parse(&out[..whole]).unwrap();
-                assert_eq!((header.source, header.destination, header.protocol), (destination, source, outer));
+                assert_eq!(
+                    (header.source, header.destination, header.protocol),
+                    (destination, source, outer)
+                );
                 assert_eq!(header.payload.end, whole);
                 let message = &out[header.payload.clone()];
                 assert_eq!(message[..2], kind);

@@ -100,9 +100,7 @@ pub fn parse<'a>(
 }
 
 fn covered(header: &Header, payload: &[u8]) -> Sum {
-    Sum::default()
-        .pseudo(header.source, header.destination, header.protocol, payload.len())
-        .bytes(payload)
+    Sum::default().pseudo(header.source, header.destination, header.protocol, payload.len()).bytes(payload)
 }
 
 fn datagram<'a>(

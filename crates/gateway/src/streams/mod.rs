@@ -24,7 +24,8 @@ use crate::queries;
 use crate::table::{Table, Token};
 use crate::watch::{Ready, Source, Waiting};
 use kso_wire::{
-    Answer, BrokerLink, Connect, Errno, Family, Origin, Reply, Request, RequestId, SocketOptions, TunAddresses,
+    Answer, BrokerLink, Connect, Errno, Family, Origin, Reply, Request, RequestId, SocketOptions,
+    TunAddresses,
 };
 use names::Names;
 use relay::{Moved, Outside};
@@ -226,7 +227,8 @@ impl Gateway {
                 }
                 let Some(end) = End::listening(peer) else { return self.refuse_stream(token, None, now) };
                 // The old phase is taken out by a new one that lasts as long as this statement.
-                let before = std::mem::replace(&mut stream.phase, Phase::Asking { id: None, syn: Vec::new() });
+                let before =
+                    std::mem::replace(&mut stream.phase, Phase::Asking { id: None, syn: Vec::new() });
                 let Phase::Connecting { socket, syn } = before else { return };
                 stream.phase = Phase::Open { end, outside: Outside::new(socket) };
                 self.streams.table.touch(token, true, now);
@@ -256,7 +258,8 @@ impl Gateway {
         now: Instant,
         link: &mut dyn BrokerLink,
     ) {
-        let Some((of, Stream { phase: Phase::Names { names, .. }, .. })) = self.streams.table.get_mut(token) else {
+        let Some((of, Stream { phase: Phase::Names { names, .. }, .. })) = self.streams.table.get_mut(token)
+        else {
             return;
         };
         if of == key {
@@ -317,7 +320,9 @@ impl Gateway {
             let identification = query.first_chunk().copied().unwrap_or_default();
             let waiting = Waiting::StreamQuery { stream: token, key, identification };
             let Ok(answer) = self.ask(waiting, Request::Resolve(query.clone()), link) else { continue };
-            if let Some((_, Stream { phase: Phase::Names { names, .. }, .. })) = self.streams.table.get_mut(token) {
+            if let Some((_, Stream { phase: Phase::Names { names, .. }, .. })) =
+                self.streams.table.get_mut(token)
+            {
                 names.answer(&queries::answer_or_failure(&query, answer));
             }
         }

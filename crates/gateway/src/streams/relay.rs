@@ -96,10 +96,8 @@ impl Outside {
                 Err(_) => break,
             }
         }
-        let finished = matches!(
-            socket.state(),
-            State::CloseWait | State::LastAck | State::Closing | State::TimeWait
-        );
+        let finished =
+            matches!(socket.state(), State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
         if finished && !socket.can_recv() && !self.shut {
             self.shut = true;
             shutdown(&self.socket, Shutdown::Write)?;
@@ -111,12 +109,11 @@ impl Outside {
         let socket = end.socket();
         let mut moved = false;
         while self.readable && !self.ended && socket.can_send() {
-            let received = socket.send(|room| {
-                match rustix::net::recv(&self.socket, &mut *room, RecvFlags::DONTWAIT) {
+            let received =
+                socket.send(|room| match rustix::net::recv(&self.socket, &mut *room, RecvFlags::DONTWAIT) {
                     Ok((received, _)) => (received, Ok(received)),
                     Err(error) => (0, Err(error)),
-                }
-            });
+                });
             match received {
                 Ok(Ok(0)) => {
                     self.ended = true;
