@@ -89,7 +89,7 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     let defaults = [Defaults::of(v4.as_fd(), Family::V4), Defaults::of(v6.as_fd(), Family::V6)];
     let config = InterceptorConfig { tun: hello.tun, loopback: hello.loopback, publishing, netns, defaults };
     let interceptor = Interceptor::new(notifier, config).context("cannot supervise")?;
-    let config = GatewayConfig { addresses: hello.tun, publish: hello.publish };
+    let config = GatewayConfig { addresses: hello.tun, publish: hello.publish, ..GatewayConfig::default() };
     let mut gateway = Gateway::new(tun, config)?;
     gateway.start(session.link())?;
 
