@@ -4,7 +4,7 @@
 int main(int argc, char **argv) {
     struct rlimit many;
     getrlimit(RLIMIT_NOFILE, &many);
-    many.rlim_max = many.rlim_max < 200000 ? 200000 : many.rlim_max, many.rlim_cur = many.rlim_max;
+    many.rlim_cur = many.rlim_max;
     setrlimit(RLIMIT_NOFILE, &many);
     int server = socket(AF_INET6, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1, ep = epoll_create1(0);
     setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);

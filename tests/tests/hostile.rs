@@ -130,9 +130,11 @@ fn is_stopped_and_signalled_all_the_time() {
 }
 
 fn acceptor(world: &World) {
-    let mut server = world.at_origin(argv([c_program("acceptor").as_str(), "7008"])).spawn();
-    server.wait_for("ready");
-    world.keep(server);
+    for port in ["7008", "7009"] {
+        let mut server = world.at_origin(argv([c_program("acceptor").as_str(), port])).spawn();
+        server.wait_for("ready");
+        world.keep(server);
+    }
 }
 
 #[test]
