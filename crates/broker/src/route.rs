@@ -5,6 +5,7 @@
 //!        a published listener of the session --> that listener, outside
 //!        --loopback external, not a TUN address --> the host's loopback, as it is
 //!        else --> inside
+//!   the TUN gateway, port 53  --> inside: by the TUN, to the gateway's own name server
 //!   the TUN gateway           --> the host's loopback        host
 //!   an address of the host's  --> as it is                   host
 //!   else                      --> as it is
@@ -17,6 +18,9 @@
 use kso_core::policy::canonical;
 use kso_wire::{Family, TunAddresses};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// Where names are asked for (RFC 1035, 4.2).
+const NAMES: u16 = 53;
 
 /// See the module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +48,9 @@ pub(crate) fn route(
         return if external_loopback { Route::Outside { peer, host: false } } else { Route::Inside };
     }
     if tun.is_guest(ip) {
+        return Route::Inside;
+    }
+    if tun.is_gateway(ip) && peer.port() == NAMES {
         return Route::Inside;
     }
     if tun.is_gateway(ip) {
@@ -103,6 +110,7 @@ mod tests {
     #[test]
     fn the_gateway_is_the_loopback_of_the_host() {
         assert_eq!(to("198.18.0.1:8000", false), outside("127.0.0.1:8000", true));
+        assert_eq!(to("198.18.0.1:53", false), Route::Inside);
         assert_eq!(to("[fd6b:736f::1]:8000", true), outside("[::1]:8000", true));
         assert_eq!(to("[::ffff:198.18.0.1]:8000", false), outside("[::ffff:127.0.0.1]:8000", true));
     }
