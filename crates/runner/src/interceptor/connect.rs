@@ -14,6 +14,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 /// `TCP_CLOSE`: nothing was begun, or it failed (include/net/tcp_states.h).
 pub(super) const CLOSED: u8 = 7;
+/// The port of DNS (RFC 1035).
+const NAME_SERVICE: u16 = 53;
 /// `TCP_SYN_SENT`.
 const SYN_SENT: u8 = 2;
 
@@ -78,6 +80,10 @@ impl Interceptor {
     /// unless a published listener could be meant.
     fn may_leave(&self, peer: SocketAddr) -> bool {
         let ip = peer.ip().to_canonical();
+        if self.config.tun.is_gateway(ip) && peer.port() == NAME_SERVICE {
+            // The gateway itself answers names, by the TUN.
+            return false;
+        }
         let loopback = ip.is_loopback() || ip.is_unspecified();
         if loopback && self.config.loopback == LoopbackMode::External {
             return true;
