@@ -1,7 +1,8 @@
 //! The one loop of `kso run`.
 //!
-//! The notifier is polled directly and everything else through one epoll instance, so that the kernel can
-//! hand a call over on the caller's own core (`SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP`).
+//! The notifier is polled directly, so that the kernel can hand a call over on the caller's own core
+//! (`SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP`), and so is the gateway, because each level of epoll costs a packet
+//! time. What is rare comes through one epoll instance.
 
 use super::session::Session;
 use super::{RunArgs, directory, environment, publishing, resolv_conf};
@@ -41,11 +42,10 @@ enum Source {
     Signals,
     Ended,
     Broker,
-    Gateway,
 }
 
 impl Source {
-    const ALL: [Self; 4] = [Self::Signals, Self::Ended, Self::Broker, Self::Gateway];
+    const ALL: [Self; 3] = [Self::Signals, Self::Ended, Self::Broker];
 
     fn of(data: u64) -> Option<Self> {
         Self::ALL.into_iter().find(|source| *source as u64 == data)
@@ -131,7 +131,6 @@ impl Supervisor {
     fn run(mut self) -> Result<i32> {
         self.watch(&self.signals, Source::Signals)?;
         self.watch(self.sandbox.ended_fd(), Source::Ended)?;
-        self.watch(self.gateway.poll_fd(), Source::Gateway)?;
         if let Some(descriptor) = self.session.poll_fd() {
             self.watch(descriptor, Source::Broker)?;
         }
@@ -140,24 +139,14 @@ impl Supervisor {
         loop {
             let timeout = self.timeout();
             let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
-            let (calls, others) = if supervising {
-                let mut polled = [
-                    PollFd::from_borrowed_fd(self.interceptor.poll_fd(), PollFlags::IN),
-                    PollFd::new(&self.events, PollFlags::IN),
-                ];
-                wait(&mut polled, timeout.as_ref())?;
-                let [calls, others] = polled;
-                (calls.revents(), others.revents())
-            } else {
-                let mut polled = [PollFd::new(&self.events, PollFlags::IN)];
-                wait(&mut polled, timeout.as_ref())?;
-                let [others] = polled;
-                (PollFlags::empty(), others.revents())
-            };
+            let [calls, packets, others] = self.wait(supervising, timeout.as_ref())?;
             if calls.contains(PollFlags::IN) {
                 self.interceptor.serve(self.session.link());
             } else if calls.intersects(PollFlags::HUP | PollFlags::ERR) {
                 supervising = false;
+            }
+            if packets.contains(PollFlags::IN) {
+                self.gateway.run_ready(Instant::now(), self.session.link());
             }
             if others.contains(PollFlags::IN)
                 && let Some(status) = self.serve_others()?
@@ -166,6 +155,21 @@ impl Supervisor {
             }
             self.deliver_answers();
             self.expire();
+        }
+    }
+
+    /// Waits for calls (while there is anybody to make them), packets and the rest.
+    fn wait(&self, supervising: bool, timeout: Option<&Timespec>) -> Result<[PollFlags; 3]> {
+        let calls = if supervising { self.interceptor.poll_fd() } else { self.events.as_fd() };
+        let mut polled = [calls, self.gateway.poll_fd(), self.events.as_fd()]
+            .map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN));
+        match poll(&mut polled, timeout) {
+            Ok(_) => {
+                let [calls, packets, others] = polled.map(|polled| polled.revents());
+                Ok([if supervising { calls } else { PollFlags::empty() }, packets, others])
+            }
+            Err(rustix::io::Errno::INTR) => Ok([PollFlags::empty(); 3]),
+            Err(error) => Err(error).context("cannot wait for events"),
         }
     }
 
@@ -185,7 +189,6 @@ impl Supervisor {
                 Some(Source::Signals) => self.forward_signals(),
                 Some(Source::Ended) => return Ok(Some(self.sandbox.wait()?)),
                 Some(Source::Broker) => self.session.run_ready(),
-                Some(Source::Gateway) => self.gateway.run_ready(Instant::now(), self.session.link()),
                 None => {}
             }
         }
@@ -229,12 +232,5 @@ impl Supervisor {
         if self.session.next_deadline().is_some_and(|deadline| deadline <= now) {
             self.session.run_ready();
         }
-    }
-}
-
-fn wait(polled: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> Result<()> {
-    match poll(polled, timeout) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(error) => Err(error).context("cannot wait for events"),
     }
 }
