@@ -285,6 +285,11 @@ impl Broker {
         })
     }
 
+    /// Whether somebody traces.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.shared.eyes.open()
+    }
+
     /// The answer to `request` is no longer wanted.
     pub fn forget(&mut self, id: SessionId, request: RequestId) {
         self.forwarder.forget((id.0, request));

@@ -43,6 +43,10 @@ impl BrokerLink for Embedded {
         self.broker.handle(self.session, id, caller, request)
     }
 
+    fn wants_program(&self) -> bool {
+        self.broker.is_watched()
+    }
+
     fn forget(&mut self, id: RequestId) {
         self.broker.forget(self.session, id);
     }

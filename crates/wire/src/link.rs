@@ -45,6 +45,11 @@ pub trait BrokerLink {
     /// never lost.
     fn submit(&mut self, id: RequestId, caller: &Caller, request: Request) -> Submitted;
 
+    /// Whether anybody looks at [`Caller::program`]. If not it may be empty: it costs a look into `/proc`.
+    fn wants_program(&self) -> bool {
+        true
+    }
+
     /// The answer to `id` is no longer wanted. If it was under way, what it opened is closed.
     fn forget(&mut self, id: RequestId);
 

@@ -38,7 +38,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use threads::{EpollTable, Thread, Threads};
+use threads::{EpollTable, Threads};
 
 /// So many sockets with several descriptors are remembered.
 const MAX_DUPLICATED: usize = 1024;
@@ -266,8 +266,9 @@ impl Interceptor {
         if !self.listener.is_valid(call.notification.id) {
             return Ok(Outcome::Gone);
         }
-        let Thread { process, program, .. } = self.threads.again(call.notification.tid)?;
-        let caller = Caller { pid: *process, program: program.clone() };
+        let tid = call.notification.tid;
+        let program = if link.wants_program() { threads::name_of(tid) } else { String::new() };
+        let caller = Caller { pid: self.threads.again(tid)?.process, program };
         self.next_request += 1;
         let id = RequestId::interceptor(self.next_request);
         Ok(match link.submit(id, &caller, request) {

@@ -11,31 +11,25 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
 
 /// So many threads are remembered, a descriptor each.
 const MAX_THREADS: usize = 256;
 /// So many processes are remembered.
 const MAX_PROCESSES: usize = 256;
-/// A program's name is read again after this time: exec changes it.
-const NAME_AGE: Duration = Duration::from_secs(1);
 
 /// A thread of the sandbox.
 #[derive(Debug)]
 pub struct Thread {
     /// The number of its process, in our pid namespace.
     pub process: u32,
-    /// The name of what it runs.
-    pub program: String,
     descriptor: OwnedFd,
     /// `/proc/TID/fdinfo`.
     fdinfo: OwnedFd,
-    named: Instant,
     used: u64,
 }
 
 impl Thread {
-    fn open(tid: u32, now: Instant) -> io::Result<Self> {
+    fn open(tid: u32) -> io::Result<Self> {
         // Only a leader can be opened as a process: that also tells whether it is one.
         let (descriptor, process) = match remote::open_process(tid) {
             Ok(descriptor) => (descriptor, tid),
@@ -45,7 +39,7 @@ impl Thread {
             }
         };
         let fdinfo = directory(&format!("/proc/{tid}/fdinfo"))?;
-        Ok(Self { process, program: name_of(tid), descriptor, fdinfo, named: now, used: 0 })
+        Ok(Self { process, descriptor, fdinfo, used: 0 })
     }
 
     /// The thread's descriptor (pidfd_open(2)).
@@ -86,7 +80,8 @@ fn process_of(tid: u32) -> io::Result<u32> {
         .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
-fn name_of(tid: u32) -> String {
+/// The name of what a thread runs (`comm`); empty if it is gone.
+pub fn name_of(tid: u32) -> String {
     let mut name = fs::read(format!("/proc/{tid}/comm"))
         .map(|bytes| String::from_utf8_lossy(&bytes).trim_end().to_owned())
         .unwrap_or_default();
@@ -110,20 +105,15 @@ impl Threads {
     /// `ESRCH`: it is gone.
     pub fn get(&mut self, tid: u32) -> io::Result<&Thread> {
         self.clock += 1;
-        let now = Instant::now();
         if self.known.get(&tid).is_none_or(Thread::has_ended) {
             self.known.remove(&tid);
             if self.known.len() >= MAX_THREADS {
                 self.forget_oldest();
             }
-            self.known.insert(tid, Thread::open(tid, now)?);
+            self.known.insert(tid, Thread::open(tid)?);
         }
         let thread = self.known.get_mut(&tid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         thread.used = self.clock;
-        if now.duration_since(thread.named) > NAME_AGE {
-            thread.program = name_of(tid);
-            thread.named = now;
-        }
         Ok(thread)
     }
 
