@@ -1,6 +1,7 @@
 #!/bin/sh
 # Fuzzes: fuzz/run.sh [SECONDS for each target, 60 unless told] [TARGET...]
 #
+# The target `gateway` needs root, for a TUN device in a network namespace of its own.
 # Fails if any target finds something; what it found is then in fuzz/artifacts/TARGET/. Needs no nightly compiler:
 # RUSTC_BOOTSTRAP=1 lets the stable one accept the sanitizer's options. The corpus grows in fuzz/corpus/ (not kept);
 # fuzz/seeds/ is what every run begins with.
@@ -11,7 +12,7 @@ case "${1:-}" in
     '' | *[!0-9]*) ;;
     *) seconds=$1; shift ;;
 esac
-[ $# -gt 0 ] || set -- wire_decode policy publish_config dns tun_packets
+[ $# -gt 0 ] || set -- wire_decode policy publish_config dns tun_packets gateway
 export RUSTC_BOOTSTRAP=1
 PATH="$PATH:$HOME/.cache/kso/tools/bin:${CARGO_HOME:-$HOME/.cargo}/bin"
 cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --locked
