@@ -3,7 +3,7 @@
 //! | the program's socket | no address (loopback) | IPv4 address | IPv6 address | every address |
 //! |---|---|---|---|---|
 //! | `AF_INET` | 127.0.0.1 | it | - | 0.0.0.0 |
-//! | `AF_INET6`, both families | ::ffff:127.0.0.1 | it, mapped | it | :: |
+//! | `AF_INET6`, both families | :: on the loopback device | it, mapped | it | :: |
 //! | `AF_INET6`, IPv6 only | ::1 | - | it | :: |
 //!
 //! The descriptor must have the family of the program's own socket, so some publications do not fit some
@@ -51,13 +51,13 @@ pub(crate) fn fate(listen: &Listen, publications: &[Publication], mode: Loopback
     if !ip.is_loopback() {
         for publication in publications.iter().filter(published) {
             unfit = true;
-            if let Some(address) = address(publication.address, listen) {
+            if let Some((address, loopback_only)) = address(publication.address, listen) {
                 let port = if publication.outer_port == 0 { port } else { publication.outer_port };
                 // A port that is only kept must keep others out, also those that permit reuse.
                 let reuse = mode == LoopbackMode::Private && port != 0;
                 return Fate::Outside(Place {
                     address: SocketAddr::new(address, port),
-                    loopback_only: false,
+                    loopback_only,
                     reuse,
                 });
             }
@@ -70,19 +70,22 @@ pub(crate) fn fate(listen: &Listen, publications: &[Publication], mode: Loopback
     if unfit { Fate::Unfit } else { Fate::Inside }
 }
 
-fn address(published: Option<IpAddr>, listen: &Listen) -> Option<IpAddr> {
+/// Where a listener listens outside, and whether on the loopback device alone.
+fn address(published: Option<IpAddr>, listen: &Listen) -> Option<(IpAddr, bool)> {
     let v6_only = v6_only(listen);
-    Some(match (published, listen.family) {
+    let address: IpAddr = match (published, listen.family) {
         (None, Family::V4) => Ipv4Addr::LOCALHOST.into(),
         (None, Family::V6) if v6_only => Ipv6Addr::LOCALHOST.into(),
-        (None, Family::V6) => Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(),
+        // One socket for 127.0.0.1 and ::1.
+        (None, Family::V6) => return Some((Ipv6Addr::UNSPECIFIED.into(), true)),
         (Some(ip), Family::V4) if ip.is_unspecified() => Ipv4Addr::UNSPECIFIED.into(),
         (Some(ip), Family::V6) if ip.is_unspecified() => Ipv6Addr::UNSPECIFIED.into(),
         (Some(IpAddr::V4(ip)), Family::V4) => ip.into(),
         (Some(IpAddr::V4(ip)), Family::V6) if !v6_only => ip.to_ipv6_mapped().into(),
         (Some(IpAddr::V6(ip)), Family::V6) => ip.into(),
         (Some(IpAddr::V4(_)), Family::V6) | (Some(IpAddr::V6(_)), Family::V4) => return None,
-    })
+    };
+    Some((address, false))
 }
 
 /// The addresses that a publication claims outside, whichever listener comes: to see that they are free.
@@ -130,7 +133,7 @@ mod tests {
     fn the_table_holds() {
         let table = [
             ("0.0.0.0:80", false, "8080:80", Some("127.0.0.1:8080")),
-            ("[::]:80", false, "8080:80", Some("[::ffff:127.0.0.1]:8080")),
+            ("[::]:80", false, "8080:80", Some("[::]:8080")),
             ("[::]:80", true, "8080:80", Some("[::1]:8080")),
             ("0.0.0.0:80", false, "192.0.2.1:8080:80", Some("192.0.2.1:8080")),
             ("[::]:80", false, "192.0.2.1:8080:80", Some("[::ffff:192.0.2.1]:8080")),

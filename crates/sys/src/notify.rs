@@ -14,6 +14,9 @@ const SECCOMP_IOCTL_NOTIF_ID_VALID: libc::Ioctl = ioctl_number(1, 2, size_of::<u
 const SECCOMP_IOCTL_NOTIF_ADDFD: libc::Ioctl = ioctl_number(1, 3, size_of::<libc::seccomp_notif_addfd>());
 const SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP: u64 = 1;
 
+/// `SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV`: Linux 5.19.
+const WAIT_KILLABLE_RECV: libc::c_ulong = 1 << 5;
+
 /// `_IOC` of `include/uapi/asm-generic/ioctl.h`, with the type `'!'`.
 const fn ioctl_number(direction: u32, number: u32, size: usize) -> libc::Ioctl {
     ((direction << 30) | ((size as u32) << 16) | ((b'!' as u32) << 8) | number) as libc::Ioctl
@@ -257,16 +260,18 @@ fn compile(rules: &[Rule]) -> Vec<libc::sock_filter> {
 pub fn install(rules: &[Rule]) -> io::Result<OwnedFd> {
     let program = compile(rules);
     let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
-    // SAFETY: the kernel reads the program, which lives until the call is over, and returns a descriptor.
-    unsafe {
-        let result = libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
-            &raw const filter,
-        );
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(result as i32)) }
-    }
+    let set = |flags: libc::c_ulong| {
+        // SAFETY: the kernel reads the program, which lives until the call is over, and returns a descriptor.
+        unsafe {
+            let result =
+                libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const filter);
+            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(result as i32)) }
+        }
+    };
+    // A call that the supervisor has taken is answered within microseconds, and must not be interrupted
+    // half done: signals wait that long. Older kernels do without.
+    set(libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | WAIT_KILLABLE_RECV)
+        .or_else(|_| set(libc::SECCOMP_FILTER_FLAG_NEW_LISTENER))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Socket options by portable name, on Linux. Sources: socket(7), tcp(7), ip(7), ipv6(7).
 
 use crate::socket::{get, set};
-use kso_wire::{Family, OptionName, OptionValue, SocketOptions};
+use kso_wire::{CONGESTION_CONTROLS, Family, OptionName, OptionValue, SocketOptions};
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -15,6 +15,8 @@ enum Layout {
     Linger,
     /// `struct timeval`.
     Time,
+    /// A name (`TCP_CA_NAME_MAX` bytes).
+    Congestion,
 }
 
 struct Entry {
@@ -73,6 +75,7 @@ const TABLE: &[Entry] = &[
     entry(OptionName::Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, Layout::Int).rare(),
     entry(OptionName::NotSentLowWater, libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, Layout::Int),
     entry(OptionName::WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, Layout::Int).rare(),
+    entry(OptionName::CongestionControl, libc::IPPROTO_TCP, libc::TCP_CONGESTION, Layout::Congestion).rare(),
     entry(OptionName::TypeOfService, libc::IPPROTO_IP, libc::IP_TOS, Layout::Int).rare(),
     entry(OptionName::TimeToLive, libc::IPPROTO_IP, libc::IP_TTL, Layout::Int).rare(),
     entry(OptionName::MtuDiscover, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, Layout::Int).rare(),
@@ -80,6 +83,15 @@ const TABLE: &[Entry] = &[
     only(Family::V6, OptionName::UnicastHops, libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS).rare(),
     only(Family::V6, OptionName::TrafficClass, libc::IPPROTO_IPV6, libc::IPV6_TCLASS).rare(),
 ];
+
+/// `char name[TCP_CA_NAME_MAX]`, padded with zeroes.
+type CongestionName = [u8; 16];
+
+fn padded(name: &str) -> CongestionName {
+    let mut bytes = [0; 16];
+    bytes.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
+    bytes
+}
 
 /// Microseconds of a second.
 const MICROS: i64 = 1_000_000;
@@ -96,6 +108,11 @@ fn read_one(socket: BorrowedFd<'_>, entry: &Entry) -> io::Result<OptionValue> {
             let time: libc::timeval = get(socket, entry.level, entry.number)?;
             time.tv_sec.saturating_mul(MICROS).saturating_add(time.tv_usec)
         }
+        Layout::Congestion => {
+            let name: CongestionName = get(socket, entry.level, entry.number)?;
+            let known = CONGESTION_CONTROLS.iter().position(|known| padded(known) == name);
+            known.and_then(|at| i64::try_from(at).ok()).ok_or(io::ErrorKind::Unsupported)?
+        }
     })
 }
 
@@ -111,6 +128,10 @@ fn apply_one(socket: BorrowedFd<'_>, entry: &Entry, value: OptionValue) -> io::R
             let value = value.max(0);
             let time = libc::timeval { tv_sec: value / MICROS, tv_usec: value % MICROS };
             set(socket, entry.level, entry.number, &time)
+        }
+        Layout::Congestion => {
+            let name = usize::try_from(value).ok().and_then(|at| CONGESTION_CONTROLS.get(at));
+            set(socket, entry.level, entry.number, &padded(name.ok_or(io::ErrorKind::InvalidInput)?))
         }
     }
 }

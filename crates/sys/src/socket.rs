@@ -12,6 +12,7 @@ const SO_NETNS_COOKIE: libc::c_int = 71;
 pub(crate) trait Plain: Copy {}
 impl Plain for libc::c_int {}
 impl Plain for u64 {}
+impl Plain for [u8; 16] {}
 impl Plain for libc::linger {}
 impl Plain for libc::timeval {}
 impl Plain for libc::tcp_info {}

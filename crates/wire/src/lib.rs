@@ -18,4 +18,4 @@ pub use codec::{CodecError, MAX_MESSAGE, VERSION, decode, encode};
 pub use errno::Errno;
 pub use link::{Answer, BrokerLink, Submitted};
 pub use message::*;
-pub use options::{OptionName, OptionValue, SocketOption, SocketOptions};
+pub use options::{CONGESTION_CONTROLS, OptionName, OptionValue, SocketOption, SocketOptions};

@@ -75,7 +75,33 @@ pub enum OptionName {
     UnicastHops,
     /// `IPV6_TCLASS`, the whole octet.
     TrafficClass,
+    /// `TCP_CONGESTION`: a position in [`CONGESTION_CONTROLS`].
+    CongestionControl,
 }
+
+/// The algorithms of congestion control that [`OptionName::CongestionControl`] can name. Append only.
+pub const CONGESTION_CONTROLS: &[&str] = &[
+    "reno",
+    "cubic",
+    "bbr",
+    "dctcp",
+    "vegas",
+    "westwood",
+    "htcp",
+    "bic",
+    "hybla",
+    "illinois",
+    "veno",
+    "yeah",
+    "lp",
+    "nv",
+    "cdg",
+    "scalable",
+    "highspeed",
+    "bbr2",
+    "bbr3",
+    "prague",
+];
 
 /// The value of an option; its unit is the option's.
 pub type OptionValue = i64;

@@ -38,10 +38,10 @@ impl Interceptor {
         }
         // AF_UNSPEC dissolves: the kernel's own business, also for a swapped socket.
         let RawAddress::Inet(peer) = address_from_raw(bytes) else { return Ok(Outcome::CONTINUE) };
-        if !self.may_leave(peer) {
-            return Ok(Outcome::CONTINUE);
-        }
         let Some(call) = self.tcp_socket(notification)? else { return Ok(Outcome::CONTINUE) };
+        if !self.may_leave(peer) {
+            return self.inside(&call);
+        }
         if matches!((call.family, peer), (Family::V4, SocketAddr::V6(_)) | (Family::V6, SocketAddr::V4(_))) {
             return Ok(Outcome::CONTINUE);
         }
@@ -76,6 +76,14 @@ impl Interceptor {
         self.ask(call, Purpose::Connect { nonblocking }, request, link)
     }
 
+    /// The client kernel connects, if the socket is its own. One that was swapped for an earlier connection
+    /// cannot come back in.
+    fn inside(&self, call: &Call) -> io::Result<Outcome> {
+        let socket = call.socket.as_fd();
+        let stranded = self.is_swapped(socket)? && tcp_state(socket)? == CLOSED && !has_error(socket)?;
+        Ok(if stranded { Outcome::error(Errno::EADDRNOTAVAIL) } else { Outcome::CONTINUE })
+    }
+
     /// Whether a connection to `peer` may have to be made outside. What is the sandbox's own stays inside,
     /// unless a published listener could be meant.
     fn may_leave(&self, peer: SocketAddr) -> bool {
@@ -100,7 +108,7 @@ impl Interceptor {
     ) -> io::Result<Outcome> {
         match answer.result {
             Ok(Reply::Socket { .. }) => {}
-            Ok(_) => return Ok(Outcome::CONTINUE),
+            Ok(_) => return self.inside(call),
             Err(failure) => return Ok(Outcome::error(failure.errno)),
         }
         let Some(outer) = answer.descriptor else { return Ok(Outcome::error(Errno::EPROTO)) };
