@@ -86,6 +86,14 @@ pub fn protocol(socket: BorrowedFd<'_>) -> io::Result<i32> {
     get(socket, libc::SOL_SOCKET, libc::SO_PROTOCOL)
 }
 
+/// Fetches and clears the error of a socket (`SO_ERROR`), a number of `errno.h` or 0.
+///
+/// # Errors
+/// `ENOTSOCK`.
+pub fn take_error(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    get(socket, libc::SOL_SOCKET, libc::SO_ERROR)
+}
+
 /// State of a TCP socket, as `enum` in `include/net/tcp_states.h` numbers it: 1 established, 2 SYN sent,
 /// 7 closed, 10 listening.
 ///

@@ -138,15 +138,23 @@ fn hello(args: &RunArgs) -> Result<Hello> {
     })
 }
 
-/// The same outer port twice would fail later, at the program's second `listen`.
+/// The same port twice would fail later, or silently do half of what was asked.
 fn refuse_twice(publish: &[Publication]) -> Result<()> {
-    let same = |one: &Publication, other: &Publication| {
-        let clash = one.address == other.address || one.address.is_none() != other.address.is_none();
-        clash && one.protocol == other.protocol && one.outer_port == other.outer_port && one.outer_port != 0
-    };
     for (index, one) in publish.iter().enumerate() {
-        if publish.iter().skip(index + 1).any(|other| same(one, other) && one.address == other.address) {
-            bail!("port {}/{} is published twice: remove one -p", one.outer_port, one.protocol.name());
+        for other in publish.iter().skip(index + 1).filter(|other| other.protocol == one.protocol) {
+            let protocol = one.protocol.name();
+            if one.address == other.address && one.outer_port == other.outer_port && one.outer_port != 0 {
+                bail!("port {}/{protocol} is published twice: remove one -p", one.outer_port);
+            }
+            if one.protocol == Protocol::Tcp && one.inner_port == other.inner_port {
+                bail!(
+                    "port {}/{protocol} inside is published twice, and a listener has one address outside: \
+                     publish it on 0.0.0.0 (-p 0.0.0.0:{}:{}) to reach it by every address",
+                    one.inner_port,
+                    one.outer_port,
+                    one.inner_port
+                );
+            }
         }
     }
     Ok(())

@@ -6,7 +6,6 @@ use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, remote, 
 use kso_wire::{
     Answer, BrokerLink, Connect, Errno, Family, LoopbackMode, OptionName, Origin, Reply, Request,
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use std::io;
 use std::net::SocketAddr;
@@ -53,10 +52,13 @@ impl Interceptor {
             if state == SYN_SENT && nonblocking && recall(&mut self.interrupted, &kso_sys::cookie(socket)?) {
                 return Ok(Outcome::error(Errno::EINPROGRESS));
             }
-            // Under way, established, or failed with an error not yet fetched: the kernel knows what to say.
-            // Otherwise it is a new attempt, for which the socket, locked to its old peer, is replaced.
-            if state != CLOSED || has_error(socket)? {
+            // Under way or established: the kernel knows what to say. Otherwise it is a new attempt, for which
+            // the socket, locked to its old peer, is replaced.
+            if state != CLOSED {
                 return Ok(Outcome::CONTINUE);
+            }
+            if let Some(error) = failure(socket)? {
+                return Ok(Outcome::Respond(Response::Error(error)));
             }
         } else if state != CLOSED {
             return Ok(Outcome::CONTINUE);
@@ -80,8 +82,13 @@ impl Interceptor {
     /// cannot come back in.
     fn inside(&self, call: &Call) -> io::Result<Outcome> {
         let socket = call.socket.as_fd();
-        let stranded = self.is_swapped(socket)? && tcp_state(socket)? == CLOSED && !has_error(socket)?;
-        Ok(if stranded { Outcome::error(Errno::EADDRNOTAVAIL) } else { Outcome::CONTINUE })
+        if !self.is_swapped(socket)? || tcp_state(socket)? != CLOSED {
+            return Ok(Outcome::CONTINUE);
+        }
+        Ok(match failure(socket)? {
+            Some(error) => Outcome::Respond(Response::Error(error)),
+            None => Outcome::error(Errno::EADDRNOTAVAIL),
+        })
     }
 
     /// Whether a connection to `peer` may have to be made outside. What is the sandbox's own stays inside,
@@ -126,12 +133,11 @@ impl Interceptor {
     }
 }
 
-/// Whether an error waits to be fetched (`sk_err`).
-fn has_error(socket: BorrowedFd<'_>) -> io::Result<bool> {
-    let mut polled = [PollFd::new(&socket, PollFlags::empty())];
-    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
-    let [polled] = polled;
-    Ok(polled.revents().contains(PollFlags::ERR))
+/// Why an earlier attempt on a closed socket failed, if the program did not hear it yet. A socket that was
+/// dissociated (`AF_UNSPEC`) has `ECONNRESET` (`tcp_disconnect`), which is no failure of an attempt.
+fn failure(socket: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    let error = kso_sys::take_error(socket)?;
+    Ok((error != 0 && kso_sys::errno::from_raw(error) != Errno::ECONNRESET).then_some(error))
 }
 
 /// The address the program bound, if it did.

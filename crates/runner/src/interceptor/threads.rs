@@ -12,8 +12,8 @@ use std::fs;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-/// So many threads are remembered, a descriptor each.
-const MAX_THREADS: usize = 256;
+/// So many threads are remembered, two descriptors each.
+const MAX_THREADS: usize = 64;
 /// So many processes are remembered.
 const MAX_PROCESSES: usize = 256;
 
@@ -107,6 +107,7 @@ impl Threads {
         self.clock += 1;
         if self.known.get(&tid).is_none_or(Thread::has_ended) {
             self.known.remove(&tid);
+            self.forget_ended();
             if self.known.len() >= MAX_THREADS {
                 self.forget_oldest();
             }
@@ -126,6 +127,20 @@ impl Threads {
             Some(thread) => Ok(thread),
             None => Err(io::Error::from_raw_os_error(kso_sys::errno::to_raw(kso_wire::Errno::ENOENT))),
         }
+    }
+
+    /// Drops the threads that have ended.
+    fn forget_ended(&mut self) {
+        let mut polled: Vec<_> =
+            self.known.values().map(|thread| PollFd::new(&thread.descriptor, PollFlags::IN)).collect();
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if !matches!(poll(&mut polled, Some(&zero)), Ok(1..)) {
+            return;
+        }
+        // A map that is not changed keeps its order.
+        let ended: Vec<bool> = polled.iter().map(|polled| !polled.revents().is_empty()).collect();
+        let mut ended = ended.into_iter();
+        self.known.retain(|_, _| !ended.next().unwrap_or(false));
     }
 
     /// Drops the older half: one pass makes room for many.
