@@ -13,7 +13,7 @@
 //! ask the broker each time. A published flow shares the socket of its port with others.
 
 use crate::device::Train;
-use crate::gateway::Gateway;
+use crate::gateway::{BURST, Gateway};
 use crate::outgoing::Outgoing;
 use crate::packet::icmp::{Cause, Quoted};
 use crate::packet::ip::HOPS;
@@ -104,6 +104,8 @@ pub struct Datagrams {
     pub(crate) published: Vec<Published>,
     held_bytes: usize,
     last: Option<(FlowKey, Token)>,
+    /// When a flow's socket was last read.
+    last_receive: Option<Instant>,
 }
 
 impl Datagrams {
@@ -114,6 +116,7 @@ impl Datagrams {
             published: Vec::new(),
             held_bytes: 0,
             last: None,
+            last_receive: None,
         }
     }
 
@@ -427,20 +430,25 @@ impl Gateway {
 
     /// Something arrived on a flow's socket.
     pub(crate) fn flow_ready(&mut self, token: Token, ready: Ready, now: Instant) {
-        if ready.error {
+        if ready.error || !self.receive_flow(token, now) {
             self.report_queued(token);
+            self.receive_flow(token, now);
         }
+    }
+
+    /// Receives datagrams and writes them to the TUN. Whether there were any.
+    pub(crate) fn receive_flow(&mut self, token: Token, now: Instant) -> bool {
         let Some((key, Flow { state: State::Open { socket }, .. })) = self.datagrams.table.get(token) else {
-            return;
+            return false;
         };
         let key = *key;
-        // An error that was pending is reported by its queue; there may be datagrams behind it.
-        let received = self
-            .datagrams
-            .batch
-            .receive(socket.as_fd(), MAX_RECEIVE, false)
-            .or_else(|_| self.datagrams.batch.receive(socket.as_fd(), MAX_RECEIVE, false));
-        let Ok(count) = received else { return };
+        // A datagram after a pause is likely to be alone, as on the TUN.
+        let last = self.datagrams.last_receive;
+        let alone = last.is_none_or(|last| now.saturating_duration_since(last) > BURST);
+        let limit = if alone { 1 } else { MAX_RECEIVE };
+        // An error that is pending is told by the queue.
+        let Ok(count) = self.datagrams.batch.receive(socket.as_fd(), limit, false) else { return false };
+        self.datagrams.last_receive = Some(now);
         self.datagrams.table.touch(token, true, now);
         let mut train = Train::default();
         let (mut datagrams, mut written) = (0, Ok(0));
@@ -458,6 +466,7 @@ impl Gateway {
         }
         self.stats.datagrams_received += datagrams as u64;
         self.wrote(written);
+        count > 0
     }
 
     /// Tells the sandbox what the queue of errors of a flow's socket holds.

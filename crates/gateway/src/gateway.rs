@@ -9,6 +9,7 @@ use crate::packet::icmp::Cause;
 use crate::packet::transport::Transport;
 use crate::packet::{Fault, icmp, protocol};
 use crate::streams::Streams;
+use crate::table::Token;
 use crate::watch::{Requests, Source, Waiting, Watch};
 use crate::{GatewayConfig, GatewayError, GatewayStats};
 use kso_sys::tun::Tun;
@@ -18,7 +19,7 @@ use kso_wire::{
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// At most so many packets are read by one call of [`Gateway::run_ready`].
 const READS: usize = 128;
@@ -26,6 +27,48 @@ const READS: usize = 128;
 const ARENA: usize = 4 * MAX_READ;
 /// At most so many packets are read before they are looked at: those that follow each other are sent together.
 const READ_BATCH: usize = 64;
+
+/// Packets that follow each other so closely are read together.
+pub(crate) const BURST: Duration = Duration::from_micros(10);
+/// A flow that was ready so many times in a row, each soon after the other, is busy alone.
+const STREAK: u32 = 32;
+/// How soon that is.
+const SOON: Duration = Duration::from_micros(50);
+/// How long it is looked for what it brings next.
+const LINGER: Duration = Duration::from_micros(20);
+/// The longest time in which nothing else is looked at.
+const TURN: Duration = Duration::from_micros(200);
+
+/// Whether one flow is busy alone.
+#[derive(Clone, Copy, Debug, Default)]
+struct Hot {
+    flow: Option<Token>,
+    times: u32,
+    last: Option<Instant>,
+}
+
+impl Hot {
+    fn ready(&mut self, flow: Token, now: Instant) {
+        let soon = self.last.is_some_and(|last| now.saturating_duration_since(last) < SOON);
+        if soon && self.flow == Some(flow) {
+            self.times = self.times.saturating_add(1);
+        } else {
+            (self.flow, self.times) = (Some(flow), 0);
+        }
+        self.last = Some(now);
+    }
+
+    fn used(&mut self, now: Instant) {
+        self.last = Some(now);
+    }
+
+    fn flow(&mut self, now: Instant) -> Option<Token> {
+        if self.last.is_some_and(|last| now.saturating_duration_since(last) >= SOON) {
+            self.times = 0;
+        }
+        self.flow.filter(|_| self.times >= STREAK)
+    }
+}
 
 /// Carries a sandbox's packets over sockets of the external kernel. See the crate.
 #[derive(Debug)]
@@ -41,6 +84,9 @@ pub struct Gateway {
     pub(crate) stats: GatewayStats,
     ingress: Ingress,
     arena: Vec<u8>,
+    /// When the TUN was last read.
+    last_read: Option<Instant>,
+    hot: Hot,
 }
 
 impl Gateway {
@@ -64,6 +110,8 @@ impl Gateway {
             publish: config.publish,
             stats: GatewayStats::default(),
             arena: vec![0; ARENA],
+            last_read: None,
+            hot: Hot::default(),
         })
     }
 
@@ -89,14 +137,20 @@ impl Gateway {
         let ready = self.watch.take_ready();
         for (source, state) in &ready {
             match *source {
-                Source::Tun => self.read_tun(now, link),
-                Source::Flow(token) => self.flow_ready(token, *state, now),
+                Source::Tun => {
+                    self.read_tun(now, link);
+                }
+                Source::Flow(token) => {
+                    self.flow_ready(token, *state, now);
+                    self.hot.ready(token, now);
+                }
                 Source::Published(index) => self.published_ready(index, *state, now, link),
                 Source::Echo(token) => self.echo_ready(token, *state, now),
                 Source::Stream(token) => self.stream_ready(token, *state, now, link),
             }
         }
         self.watch.done(ready);
+        self.linger(now, link);
     }
 
     /// Takes an answer that came later.
@@ -168,9 +222,32 @@ impl Gateway {
         if first.is_ipv4() == like.is_ipv4() { first } else { second }
     }
 
-    fn read_tun(&mut self, now: Instant, link: &mut dyn BrokerLink) {
+    /// Looks again and again for what the flow that is busy alone brings next, for a short time: a sleep and a
+    /// wake-up cost more than the whole of a datagram's way. Others on this processor have it in between
+    /// (`sched_yield`), so nobody is kept waiting by it.
+    fn linger(&mut self, now: Instant, link: &mut dyn BrokerLink) {
+        let Some(flow) = self.hot.flow(now) else { return };
+        let start = Instant::now();
+        let mut last = start;
+        loop {
+            rustix::thread::sched_yield();
+            let now = Instant::now();
+            if self.read_tun(now, link) | self.receive_flow(flow, now) {
+                last = now;
+            }
+            if now - last > LINGER || now - start > TURN {
+                return self.hot.used(last);
+            }
+        }
+    }
+
+    /// Reads packets and carries them. Whether there were any.
+    fn read_tun(&mut self, now: Instant, link: &mut dyn BrokerLink) -> bool {
         let mut arena = std::mem::take(&mut self.arena);
-        let mut budget = READS;
+        // A packet after a pause is likely to be alone: to look for another costs as much as to send it.
+        let alone = self.last_read.is_none_or(|last| now.saturating_duration_since(last) > BURST);
+        let most = if alone { 1 } else { READS };
+        let mut budget = most;
         while budget > 0 {
             let mut lengths = [0; READ_BATCH];
             let mut count = 0;
@@ -200,6 +277,10 @@ impl Gateway {
             }
         }
         self.arena = arena;
+        if budget < most {
+            self.last_read = Some(now);
+        }
+        budget < most
     }
 
     fn packet<'a>(
