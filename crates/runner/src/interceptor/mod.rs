@@ -196,6 +196,16 @@ impl Interceptor {
         self.respond(notification, &outcome);
     }
 
+    /// When [`Self::expire`] is due.
+    pub fn next_deadline(&self) -> Option<std::time::Instant> {
+        self.threads.next_deadline()
+    }
+
+    /// Forgets what has ended.
+    pub fn expire(&mut self) {
+        self.threads.forget_ended();
+    }
+
     fn handle(&mut self, notification: Notification, link: &mut dyn BrokerLink) {
         let outcome = self.threads.get(notification.tid).map(drop).and_then(|()| match notification.call {
             numbers::CONNECT => self.connect(notification, link),

@@ -11,9 +11,12 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 /// So many threads are remembered, two descriptors each.
 const MAX_THREADS: usize = 64;
+/// Threads that ended are looked for so long after a new one came.
+const SWEEP_AFTER: Duration = Duration::from_millis(100);
 /// So many processes are remembered.
 const MAX_PROCESSES: usize = 256;
 
@@ -96,6 +99,8 @@ pub fn name_of(tid: u32) -> String {
 pub struct Threads {
     known: HashMap<u32, Thread>,
     clock: u64,
+    /// When to look who has ended: some time after a new one came.
+    sweep_at: Option<Instant>,
 }
 
 impl Threads {
@@ -112,6 +117,7 @@ impl Threads {
                 self.forget_oldest();
             }
             self.known.insert(tid, Thread::open(tid)?);
+            self.sweep_at.get_or_insert_with(|| Instant::now() + SWEEP_AFTER);
         }
         let thread = self.known.get_mut(&tid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         thread.used = self.clock;
@@ -129,8 +135,14 @@ impl Threads {
         }
     }
 
+    /// When [`Self::forget_ended`] is due.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.sweep_at
+    }
+
     /// Drops the threads that have ended.
-    fn forget_ended(&mut self) {
+    pub fn forget_ended(&mut self) {
+        self.sweep_at = None;
         let mut polled: Vec<_> =
             self.known.values().map(|thread| PollFd::new(&thread.descriptor, PollFlags::IN)).collect();
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };

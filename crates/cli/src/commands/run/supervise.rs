@@ -232,5 +232,8 @@ impl Supervisor {
         if self.session.next_deadline().is_some_and(|deadline| deadline <= now) {
             self.session.run_ready();
         }
+        if self.interceptor.next_deadline().is_some_and(|deadline| deadline <= now) {
+            self.interceptor.expire();
+        }
     }
 }
