@@ -17,7 +17,7 @@ fn nginx_files(world: &World) -> String {
              http {{ access_log off; client_body_temp_path {directory}/a; proxy_temp_path {directory}/b; fastcgi_temp_path {directory}/c;\n\
              uwsgi_temp_path {directory}/d; scgi_temp_path {directory}/e; sendfile on; tcp_nopush on; keepalive_requests 100000;\n\
              resolver 10.77.0.2;\n\
-             server {{ listen 80 reuseport; listen [::]:80 reuseport; root {directory}/www;\n\
+             server {{ listen 80 reuseport; listen [::]:80 reuseport; listen 81 reuseport; root {directory}/www;\n\
                location /peer {{ return 200 \"$remote_addr $server_addr $server_port\\n\"; }}\n\
                location /up/ {{ proxy_pass http://10.77.0.2:80/; }} }} }}\n"
         ),
@@ -29,7 +29,7 @@ fn nginx_published_and_driven_by_wrk() {
     let world = World::new();
     world.http();
     let config = nginx_files(&world);
-    let mut nginx = world.start("-p 8080:80 -p 10.77.0.1:8081:80", argv(["nginx", "-c", &config]));
+    let mut nginx = world.start("-p 8080:80 -p 10.77.0.1:8081:81", argv(["nginx", "-c", &config]));
     world.host.wait_for_port(8080);
     world.host.wait_for_port(8081);
     assert!(nginx.running(), "{}", nginx.errors());

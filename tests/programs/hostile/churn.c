@@ -66,7 +66,10 @@ static void *closer(void *p) {
             case 0: close(targets[i]); break;
             case 1: dup2(targets[rand() % 8], targets[i]); break;
             default: {
+                /* No call on it may take long: its limit is there before anyone sees it. */
                 int fd = tcp();
+                struct timeval limit = {0, 20000};
+                setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
                 dup2(fd, targets[i]);
                 close(fd);
             }
@@ -83,8 +86,6 @@ static void *opener(void *p) {
         epoll_ctl(ep, EPOLL_CTL_ADD, fd, &e);
         int flags = fcntl(fd, F_GETFL);
         if (flags >= 0) fcntl(fd, F_SETFL, flags ^ (rand() % 2 ? O_NONBLOCK : 0));
-        struct timeval limit = {0, 20000};
-        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         int pick = rand() % 4;
         if (pick == 0) dial(fd, BLACKHOLE, 80);
         else if (pick == 1) dial(fd, ORIGIN, 9);
