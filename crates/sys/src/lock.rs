@@ -17,7 +17,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem::{size_of, size_of_val};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Where the network header begins, for absolute loads (`SKF_NET_OFF`).
@@ -62,16 +63,42 @@ fn checks(peer: SocketAddr) -> Vec<Check> {
     checks
 }
 
+/// Set by [`permit_unlocked`].
+static UNLOCKED: AtomicBool = AtomicBool::new(false);
+
+/// From now on in this process, a lock that this user may not set is no error: the socket stays unlocked.
+pub fn permit_unlocked() {
+    UNLOCKED.store(true, Ordering::Relaxed);
+}
+
+/// Whether this user may lock a TCP socket. Most kernels permit it to everybody, newer ones not to users without
+/// privilege.
+///
+/// # Errors
+/// What the kernel says, `EPERM` usually.
+pub fn probe() -> io::Result<()> {
+    let socket = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+    attach(socket.as_fd(), &classic::listener())
+}
+
+/// Passes over a refusal, if that was permitted.
+fn or_unlocked(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) && UNLOCKED.load(Ordering::Relaxed) => Ok(()),
+        result => result,
+    }
+}
+
 /// From now on `socket` takes segments only from `peer`, for good.
 ///
 /// # Errors
 /// `ENOMEM` beyond `net.core.optmem_max`; `EPERM` if the filter is locked already.
 pub fn lock_to_peer(socket: BorrowedFd<'_>, peer: SocketAddr) -> io::Result<()> {
     let shared = shared().lock().unwrap_or_else(PoisonError::into_inner).attach(socket, peer);
-    if !shared {
-        attach(socket, &classic::peer(&checks(peer)))?;
-    }
-    set::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, &1)
+    let attached = if shared { Ok(()) } else { attach(socket, &classic::peer(&checks(peer))) };
+    or_unlocked(
+        attached.and_then(|()| set::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, &1)),
+    )
 }
 
 /// From now on `socket`, and each socket that it accepts, drops SYN+ACK.
@@ -79,8 +106,10 @@ pub fn lock_to_peer(socket: BorrowedFd<'_>, peer: SocketAddr) -> io::Result<()> 
 /// # Errors
 /// As [`lock_to_peer`].
 pub fn lock_listener(socket: BorrowedFd<'_>) -> io::Result<()> {
-    attach(socket, &classic::listener())?;
-    set::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, &1)
+    let attached = attach(socket, &classic::listener());
+    or_unlocked(
+        attached.and_then(|()| set::<libc::c_int>(socket, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, &1)),
+    )
 }
 
 fn attach(socket: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
@@ -245,7 +274,6 @@ mod extended {
 mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream};
-    use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
     fn fresh(domain: i32) -> OwnedFd {
         // SAFETY: socket(2) returns a new descriptor or -1, which from_raw_fd would refuse in the assert.

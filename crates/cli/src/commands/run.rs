@@ -67,6 +67,11 @@ pub struct RunArgs {
     #[arg(long)]
     io_uring: bool,
 
+    /// Go on where the kernel refuses socket filters to this user: rules then hold only for programs that
+    /// do not race the supervisor
+    #[arg(long)]
+    unlocked: bool,
+
     /// Print each connect, listen, accept, resolve and denial to standard error
     #[arg(long, conflicts_with = "broker")]
     trace: bool,

@@ -6,7 +6,7 @@
 
 use super::session::Session;
 use super::{RunArgs, directory, environment, publishing, resolv_conf};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use kso_broker::BrokerConfig;
 use kso_gateway::{Gateway, GatewayConfig};
 use kso_runner::{Interceptor, InterceptorConfig, Sandbox, SandboxConfig, interceptor};
@@ -79,6 +79,9 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     };
     let signals = Signals::take(FORWARDED).context("cannot take signals")?;
     let mut sandbox = Sandbox::start(&config, &signals)?;
+    if args.broker.is_none() {
+        check_locks(args.unlocked)?;
+    }
     session.started(sandbox.pid());
     raise_open_files(open_files);
 
@@ -102,6 +105,20 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
         sandbox,
     };
     supervisor.run()
+}
+
+/// A program gets the host's sockets only locked to what was approved (`kso_sys::lock`).
+fn check_locks(unlocked: bool) -> Result<()> {
+    let Err(error) = kso_sys::lock::probe() else { return Ok(()) };
+    if !unlocked {
+        bail!(
+            "this kernel refuses socket filters (SO_ATTACH_FILTER) to this user: {error}.\nBy them kso keeps a \
+             hostile program from using a socket for anything but what was allowed.\nRun kso as root, or with --unlocked if the program \
+             is one that you trust not to race its supervisor."
+        );
+    }
+    kso_sys::lock::permit_unlocked();
+    Ok(())
 }
 
 /// Descriptors of connections pass through here, and numbers of the program's are used here: as many as may
