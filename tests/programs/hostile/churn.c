@@ -25,8 +25,6 @@ static void send_signal(pid_t child, int signal) {
     if (child > 1) kill(child, signal);
 }
 
-static void reap(void) { while (waitpid(-1, 0, WNOHANG) > 0); }
-
 /* Forks while connects are pending in other threads. */
 static void forks(void) {
     pthread_t thread;
@@ -45,17 +43,22 @@ static void forks(void) {
 
 /* Exits in the middle of its calls: of one thread, of all. */
 static void exits(void) {
-    while (going()) {
-        if (!fork()) {
+    pid_t list[24] = {0};
+    for (unsigned n = 0; going(); n = (n + 1) % 24) {
+        if (list[n] > 1) send_signal(list[n], SIGKILL), waitpid(list[n], 0, 0);
+        list[n] = fork();
+        if (!list[n]) {
             pthread_t thread;
-            for (long i = 0; i < 8; i++) pthread_create(&thread, 0, i % 2 ? pend : work, (void *)i);
+            for (long i = 0; i < 6; i++) pthread_create(&thread, 0, i % 2 ? pend : work, (void *)i);
             usleep(rand() % 3000);
-            if (rand() % 2) _exit(0);
+            if (n % 2) _exit(0);
+            /* The first thread alone: the others go on under a dead leader. */
             syscall(SYS_exit, 0);
         }
         usleep(2000);
-        reap();
     }
+    for (int i = 0; i < 24; i++)
+        if (list[i] > 1) send_signal(list[i], SIGKILL), waitpid(list[i], 0, 0);
 }
 
 static int targets[8];
