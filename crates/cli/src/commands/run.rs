@@ -47,8 +47,8 @@ pub struct RunArgs {
     #[arg(long, conflicts_with_all = ["allow", "publish"])]
     no_net: bool,
 
-    /// Publish a port: [ADDRESS:]HOST:GUEST[/udp], on 127.0.0.1 and ::1 by default; `all` for each listener
-    #[arg(short = 'p', long, value_name = "PORT")]
+    /// Publish a port on 127.0.0.1 and ::1, or on the address given; `all` publishes each listener
+    #[arg(short = 'p', long, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
     publish: Vec<String>,
 
     /// Which loopback 127.0.0.1 and ::1 are to TCP: the sandbox's own, or this host's
