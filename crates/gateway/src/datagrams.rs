@@ -13,8 +13,9 @@
 //! ask the broker each time. A published flow shares the socket of its port with others.
 
 use crate::device::Train;
-use crate::gateway::{BURST, Gateway};
+use crate::gateway::Gateway;
 use crate::outgoing::Outgoing;
+use crate::pace::Pace;
 use crate::packet::icmp::{Cause, Quoted};
 use crate::packet::ip::HOPS;
 use crate::packet::protocol;
@@ -104,8 +105,7 @@ pub struct Datagrams {
     pub(crate) published: Vec<Published>,
     held_bytes: usize,
     last: Option<(FlowKey, Token)>,
-    /// When a flow's socket was last read.
-    last_receive: Option<Instant>,
+    pace: Pace,
 }
 
 impl Datagrams {
@@ -116,7 +116,7 @@ impl Datagrams {
             published: Vec::new(),
             held_bytes: 0,
             last: None,
-            last_receive: None,
+            pace: Pace::default(),
         }
     }
 
@@ -442,13 +442,10 @@ impl Gateway {
             return false;
         };
         let key = *key;
-        // A datagram after a pause is likely to be alone, as on the TUN.
-        let last = self.datagrams.last_receive;
-        let alone = last.is_none_or(|last| now.saturating_duration_since(last) > BURST);
-        let limit = if alone { 1 } else { MAX_RECEIVE };
+        let limit = self.datagrams.pace.limit(MAX_RECEIVE, self.at_once);
         // An error that is pending is told by the queue.
         let Ok(count) = self.datagrams.batch.receive(socket.as_fd(), limit, false) else { return false };
-        self.datagrams.last_receive = Some(now);
+        self.datagrams.pace.got(count);
         self.datagrams.table.touch(token, true, now);
         let mut train = Train::default();
         let (mut datagrams, mut written) = (0, Ok(0));

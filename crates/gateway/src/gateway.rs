@@ -5,6 +5,7 @@ use crate::device::{Device, MAX_READ};
 use crate::echoes::Echoes;
 use crate::ingress::{Arrival, Ingress};
 use crate::outgoing::Outgoing;
+use crate::pace::Pace;
 use crate::packet::icmp::Cause;
 use crate::packet::transport::Transport;
 use crate::packet::{Fault, icmp, protocol};
@@ -28,9 +29,9 @@ const ARENA: usize = 4 * MAX_READ;
 /// At most so many packets are read before they are looked at: those that follow each other are sent together.
 const READ_BATCH: usize = 64;
 
-/// Packets that follow each other so closely are read together.
-pub(crate) const BURST: Duration = Duration::from_micros(10);
-/// A flow that was ready so many times in a row, each soon after the other, is busy alone.
+/// To be called again so soon is to be called at once: something was left.
+const AT_ONCE: Duration = Duration::from_micros(4);
+/// A flow that was ready so many times in a row, each soon after a packet of the sandbox, converses alone.
 const STREAK: u32 = 32;
 /// How soon that is.
 const SOON: Duration = Duration::from_micros(50);
@@ -39,26 +40,25 @@ const LINGER: Duration = Duration::from_micros(20);
 /// The longest time in which nothing else is looked at.
 const TURN: Duration = Duration::from_micros(200);
 
-/// Whether one flow is busy alone.
+/// Whether one flow converses alone. A stream of datagrams one way is better served in batches, as they gather.
 #[derive(Clone, Copy, Debug, Default)]
 struct Hot {
     flow: Option<Token>,
     times: u32,
     last: Option<Instant>,
+    /// The sandbox has sent something since.
+    asked: bool,
 }
 
 impl Hot {
     fn ready(&mut self, flow: Token, now: Instant) {
         let soon = self.last.is_some_and(|last| now.saturating_duration_since(last) < SOON);
-        if soon && self.flow == Some(flow) {
+        let asked = std::mem::take(&mut self.asked);
+        if soon && asked && self.flow == Some(flow) {
             self.times = self.times.saturating_add(1);
         } else {
             (self.flow, self.times) = (Some(flow), 0);
         }
-        self.last = Some(now);
-    }
-
-    fn used(&mut self, now: Instant) {
         self.last = Some(now);
     }
 
@@ -84,8 +84,10 @@ pub struct Gateway {
     pub(crate) stats: GatewayStats,
     ingress: Ingress,
     arena: Vec<u8>,
-    /// When the TUN was last read.
-    last_read: Option<Instant>,
+    pace: Pace,
+    /// When the last [`Gateway::run_ready`] ended, and whether this one came at once.
+    ended: Option<Instant>,
+    pub(crate) at_once: bool,
     hot: Hot,
 }
 
@@ -110,7 +112,9 @@ impl Gateway {
             publish: config.publish,
             stats: GatewayStats::default(),
             arena: vec![0; ARENA],
-            last_read: None,
+            pace: Pace::default(),
+            ended: None,
+            at_once: false,
             hot: Hot::default(),
         })
     }
@@ -134,6 +138,7 @@ impl Gateway {
 
     /// Does what is ready, at most so much of it that a caller with other duties is not kept from them.
     pub fn run_ready(&mut self, now: Instant, link: &mut dyn BrokerLink) {
+        self.at_once = self.ended.is_some_and(|ended| now.saturating_duration_since(ended) < AT_ONCE);
         let ready = self.watch.take_ready();
         for (source, state) in &ready {
             match *source {
@@ -150,7 +155,9 @@ impl Gateway {
             }
         }
         self.watch.done(ready);
+        self.at_once = false;
         self.linger(now, link);
+        self.ended = Some(Instant::now());
     }
 
     /// Takes an answer that came later.
@@ -222,7 +229,7 @@ impl Gateway {
         if first.is_ipv4() == like.is_ipv4() { first } else { second }
     }
 
-    /// Looks again and again for what the flow that is busy alone brings next, for a short time: a sleep and a
+    /// Looks again and again for what the flow that converses alone brings next, for a short time: a sleep and a
     /// wake-up cost more than the whole of a datagram's way. Others on this processor have it in between
     /// (`sched_yield`), so nobody is kept waiting by it.
     fn linger(&mut self, now: Instant, link: &mut dyn BrokerLink) {
@@ -232,11 +239,16 @@ impl Gateway {
         loop {
             rustix::thread::sched_yield();
             let now = Instant::now();
-            if self.read_tun(now, link) | self.receive_flow(flow, now) {
+            let received = self.receive_flow(flow, now);
+            if received {
+                self.hot.ready(flow, now);
+            }
+            if self.read_tun(now, link) | received {
                 last = now;
             }
-            if now - last > LINGER || now - start > TURN {
-                return self.hot.used(last);
+            // Until there is nothing, or no conversation any more, or others have waited long enough.
+            if now - last > LINGER || now - start > TURN || self.hot.times == 0 {
+                return;
             }
         }
     }
@@ -244,9 +256,7 @@ impl Gateway {
     /// Reads packets and carries them. Whether there were any.
     fn read_tun(&mut self, now: Instant, link: &mut dyn BrokerLink) -> bool {
         let mut arena = std::mem::take(&mut self.arena);
-        // A packet after a pause is likely to be alone: to look for another costs as much as to send it.
-        let alone = self.last_read.is_none_or(|last| now.saturating_duration_since(last) > BURST);
-        let most = if alone { 1 } else { READS };
+        let most = self.pace.limit(READS, self.at_once);
         let mut budget = most;
         while budget > 0 {
             let mut lengths = [0; READ_BATCH];
@@ -278,8 +288,9 @@ impl Gateway {
         }
         self.arena = arena;
         if budget < most {
-            self.last_read = Some(now);
+            self.hot.asked = true;
         }
+        self.pace.got(most - budget);
         budget < most
     }
 

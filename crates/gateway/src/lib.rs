@@ -26,6 +26,7 @@ mod echoes;
 mod gateway;
 mod ingress;
 mod outgoing;
+mod pace;
 mod packet;
 mod published;
 mod queries;
