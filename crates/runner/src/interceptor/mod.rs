@@ -16,7 +16,8 @@
 //! nothing is kept here for a connection. CONTINUE is never what policy rests on: a sandbox has no way out but
 //! the TUN, and each host socket that a program holds is locked to what was approved (`kso_sys::lock`).
 //!
-//! All of it runs on one thread, which must be the process's first (see [`carry`]), and nothing in it waits.
+//! All of it runs on one thread, which must be the process's first (the twin of `carry` reads its descriptors),
+//! and nothing in it waits.
 
 mod carry;
 mod connect;
