@@ -160,6 +160,11 @@ pub fn configure(name: &str, addresses: &TunAddresses, mtu: u32) -> io::Result<(
     batch.link_up(index, Some(mtu));
     for (guest, gateway) in addresses.guest.iter().zip(&addresses.gateway) {
         batch.address(index, *guest);
+        // The kernel makes the route of an IPv6 address to itself later, in a work queue, even without duplicate
+        // address detection (addrconf_dad_start in net/ipv6/addrconf.c); until then answers would be lost.
+        if guest.is_ipv6() {
+            batch.local_route(index, *guest);
+        }
         batch.default_route(index, *gateway);
     }
     batch.run()
@@ -250,21 +255,25 @@ impl Batch {
         self.end();
     }
 
-    fn default_route(&mut self, index: u32, gateway: IpAddr) {
-        let family = if gateway.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-        self.begin(libc::RTM_NEWROUTE, libc::NLM_F_CREATE, gateway.is_ipv6());
-        // `struct rtmsg`: family, lengths of the two prefixes, TOS, table, protocol, scope, type, flags.
-        self.bytes.extend_from_slice(&[
-            family as u8,
-            0,
-            0,
-            0,
-            libc::RT_TABLE_MAIN,
-            libc::RTPROT_STATIC,
-            libc::RT_SCOPE_UNIVERSE,
-            libc::RTN_UNICAST,
-        ]);
+    /// `struct rtmsg`: family, lengths of the two prefixes, TOS, table, protocol, scope, type, flags.
+    fn route(&mut self, address: IpAddr, prefix: u8, table: u8, kind: u8) {
+        let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        self.begin(libc::RTM_NEWROUTE, libc::NLM_F_CREATE, address.is_ipv6());
+        let scope = libc::RT_SCOPE_UNIVERSE;
+        self.bytes.extend_from_slice(&[family as u8, prefix, 0, 0, table, libc::RTPROT_STATIC, scope, kind]);
         self.bytes.extend_from_slice(&0_u32.to_ne_bytes());
+    }
+
+    fn local_route(&mut self, index: u32, address: IpAddr) {
+        let prefix = if address.is_ipv4() { 32 } else { 128 };
+        self.route(address, prefix, libc::RT_TABLE_LOCAL, libc::RTN_LOCAL);
+        self.attribute(libc::RTA_DST, octets(address).as_ref());
+        self.attribute(libc::RTA_OIF, &index.to_ne_bytes());
+        self.end();
+    }
+
+    fn default_route(&mut self, index: u32, gateway: IpAddr) {
+        self.route(gateway, 0, libc::RT_TABLE_MAIN, libc::RTN_UNICAST);
         self.attribute(libc::RTA_GATEWAY, octets(gateway).as_ref());
         self.attribute(libc::RTA_OIF, &index.to_ne_bytes());
         self.end();

@@ -105,6 +105,8 @@ impl World {
             let before = Instant::now();
             kso_sys::tun::configure("kso0", &TunAddresses::standard(), 65_535).expect("configure");
             assert!(before.elapsed() < Duration::from_millis(100), "{:?}", before.elapsed());
+            // Answers find their way at once, not when a work queue of the kernel has had its turn.
+            assert!(run("ip -6 route get fd6b:736f::2").starts_with("local"));
             tun
         });
         let (stop, control) = channel();
