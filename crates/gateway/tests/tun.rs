@@ -508,3 +508,82 @@ fn noise_is_counted_and_dropped() {
     assert_eq!((stats.not_unicast, stats.spoofed, stats.flows), (2, 1, 0), "{stats:?}");
     assert_eq!(stats.datagrams_sent, 0);
 }
+
+fn sum16(parts: &[&[u8]]) -> [u8; 2] {
+    let mut sum: u32 = 0;
+    for pair in parts.iter().flat_map(|part| part.chunks(2)) {
+        sum += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    (!(sum as u16)).to_be_bytes()
+}
+
+/// Segments that no TCP would send, with checksums that hold, into connections that are being made, open and ended.
+#[test]
+fn hostile_segments_harm_nobody() {
+    let world = World::new();
+    let listener = world.listener(&world.peer, "10.9.0.2:80");
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut stream = stream;
+                let mut buffer = [0; 1000];
+                while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                    if stream.write_all(&buffer[..length]).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    // The sandbox's own kernel would reset what it knows nothing of.
+    run(&format!("ip netns exec {} sysctl -qw net.ipv4.conf.all.forwarding=0", world.guest));
+    run(&format!("ip -n {} route add blackhole 198.18.0.2 table local || true", world.guest));
+    let raw = within(&world.guest, || {
+        socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::RAW, Some(socket2::Protocol::from(255)))
+            .unwrap()
+    });
+    let target: socket2::SockAddr = "10.9.0.2:0".parse::<SocketAddr>().unwrap().into();
+    let mut random: u64 = 0x2545_f491_4f6c_dd1d;
+    let mut next = move |limit: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        (random >> 11) % limit
+    };
+    for _ in 0..30_000 {
+        let options = next(11) as usize * 4;
+        let length = 20 + options + next(200) as usize;
+        let mut segment = vec![0_u8; length];
+        segment.iter_mut().for_each(|byte| *byte = next(256) as u8);
+        segment[..2].copy_from_slice(&(4000 + next(8) as u16).to_be_bytes());
+        segment[2..4].copy_from_slice(&if next(10) == 0 { 53_u16 } else { 80 }.to_be_bytes());
+        // Numbers close to each other, so that some fall within windows.
+        segment[4..8].copy_from_slice(&(next(2000) as u32).to_be_bytes());
+        segment[12] = (((20 + options) / 4) as u8) << 4;
+        segment[13] = if next(3) == 0 { 2 } else { next(64) as u8 };
+        segment[16..18].fill(0);
+        let (own, other) = ([198, 18, 0, 2], [10, 9, 0, 2]);
+        let sum = sum16(&[&own, &other, &[0, 6], &(length as u16).to_be_bytes(), &segment]);
+        segment[16..18].copy_from_slice(&sum);
+        let mut packet = vec![0x45, 0];
+        packet.extend_from_slice(&(20 + length as u16).to_be_bytes());
+        packet.extend_from_slice(&[0, 0, 0, 0, 64, 6, 0, 0]);
+        packet.extend_from_slice(&own);
+        packet.extend_from_slice(&other);
+        let sum = sum16(&[&packet]);
+        packet[10..12].copy_from_slice(&sum);
+        packet.extend_from_slice(&segment);
+        let _ = raw.send_to(&packet, &target);
+    }
+    run(&format!("ip -n {} route del blackhole 198.18.0.2 table local || true", world.guest));
+    let mut stream = connect(&world, "10.9.0.2:80").unwrap();
+    stream.write_all(b"still there").unwrap();
+    let mut buffer = [0; 11];
+    stream.read_exact(&mut buffer).unwrap();
+    assert_eq!(&buffer, b"still there");
+    let stats = world.stats();
+    assert!(stats.packets_in > 10_000 && stats.streams <= 10, "{stats:?}");
+}
