@@ -119,7 +119,10 @@ impl Interceptor {
             Err(failure) => return Ok(Outcome::error(failure.errno)),
         }
         let Some(outer) = answer.descriptor else { return Ok(Outcome::error(Errno::EPROTO)) };
-        self.swap(call, outer.as_fd(), nonblocking)?;
+        if !self.swap(call, outer.as_fd(), nonblocking)? {
+            // Another thread closed it meanwhile.
+            return Ok(Outcome::error(Errno::EBADF));
+        }
         if !nonblocking {
             return Ok(Outcome::CONTINUE);
         }

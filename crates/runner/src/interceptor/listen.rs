@@ -184,7 +184,10 @@ impl Interceptor {
             self.translations.push_back(Translation { cookie, inner, outer: address });
         }
         let nonblocking = fcntl_getfl(&call.socket)?.contains(OFlags::NONBLOCK);
-        self.swap(call, outer.as_fd(), nonblocking)?;
+        if !self.swap(call, outer.as_fd(), nonblocking)? {
+            // Another thread closed it meanwhile.
+            return Ok(Outcome::error(Errno::EBADF));
+        }
         Ok(Outcome::Respond(Response::Value(0)))
     }
 

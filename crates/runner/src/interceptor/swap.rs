@@ -10,8 +10,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 impl Interceptor {
     /// Puts `outer` under every descriptor that the caller's process has of the call's socket, with the
-    /// socket's blocking mode, each descriptor's close-on-exec flag and its epoll registrations.
-    pub(super) fn swap(&mut self, call: &Call, outer: BorrowedFd<'_>, nonblocking: bool) -> io::Result<()> {
+    /// socket's blocking mode, each descriptor's close-on-exec flag and its epoll registrations. Whether the
+    /// caller's own descriptor was still there.
+    pub(super) fn swap(&mut self, call: &Call, outer: BorrowedFd<'_>, nonblocking: bool) -> io::Result<bool> {
         // A fresh socket has no other flag that can be set.
         fcntl_setfl(outer, if nonblocking { OFlags::NONBLOCK } else { OFlags::empty() })?;
         let tid = call.notification.tid;
@@ -24,15 +25,17 @@ impl Interceptor {
         }
         let registrations = self.registrations(process, &numbers, call.socket.as_fd())?;
         let thread = self.threads.again(tid)?;
+        let mut swapped = false;
         for &number in &numbers {
             // A descriptor that was closed meanwhile must not come back.
             let Some(close_on_exec) = thread.closes_on_exec(number) else { continue };
             self.listener.replace(call.notification.id, outer, number.unsigned_abs(), close_on_exec)?;
+            swapped |= number == call.number;
         }
         for registration in registrations {
             self.carry(tid, registration, call.socket.as_fd(), outer);
         }
-        Ok(())
+        Ok(swapped)
     }
 
     fn carry(&mut self, tid: u32, registration: Registration, old: BorrowedFd<'_>, new: BorrowedFd<'_>) {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// So many threads are remembered, two descriptors each.
 const MAX_THREADS: usize = 64;
-/// Threads that ended are looked for so long after a new one came.
+/// Threads that ended are looked for so long after one called.
 const SWEEP_AFTER: Duration = Duration::from_millis(100);
 /// So many processes are remembered.
 const MAX_PROCESSES: usize = 256;
@@ -99,7 +99,7 @@ pub fn name_of(tid: u32) -> String {
 pub struct Threads {
     known: HashMap<u32, Thread>,
     clock: u64,
-    /// When to look who has ended: some time after a new one came.
+    /// When to look who has ended: some time after one called.
     sweep_at: Option<Instant>,
 }
 
@@ -117,8 +117,8 @@ impl Threads {
                 self.forget_oldest();
             }
             self.known.insert(tid, Thread::open(tid)?);
-            self.sweep_at.get_or_insert_with(|| Instant::now() + SWEEP_AFTER);
         }
+        self.sweep_at.get_or_insert_with(|| Instant::now() + SWEEP_AFTER);
         let thread = self.known.get_mut(&tid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         thread.used = self.clock;
         Ok(thread)
