@@ -16,20 +16,16 @@ use crate::device::Train;
 use crate::gateway::Gateway;
 use crate::outgoing::Outgoing;
 use crate::pace::Pace;
-use crate::packet::icmp::{Cause, Quoted};
+use crate::packet::icmp::Cause;
 use crate::packet::ip::HOPS;
-use crate::packet::protocol;
-use crate::packet::transport::{UDP_HEADER, udp_header};
 use crate::published::Published;
 use crate::table::{Table, Token};
 use crate::watch::{Ready, Source, Waiting};
 use crate::{GatewayConfig, queries};
-use kso_sys::datagram::{
-    self, Destination, ErrorOrigin, MAX_RECEIVE, MAX_SEND, Message, QueuedError, ReceiveBatch,
-};
+use kso_sys::datagram::{self, Destination, MAX_RECEIVE, MAX_SEND, Message, ReceiveBatch};
 use kso_wire::{Answer, BrokerLink, Errno, Family, OpenDatagram, Reply, Request, RequestId};
 use std::io::IoSlice;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -41,8 +37,6 @@ const MAX_HELD_BYTES: usize = 4 << 20;
 const REFUSAL: Duration = Duration::from_secs(1);
 /// Flows that are closed when there are too many open files.
 const MAKE_ROOM: usize = 8;
-/// Errors that are taken off a queue at one time.
-const MAX_ERRORS: usize = 32;
 
 /// A flow's ends as the sandbox sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,14 +48,15 @@ pub struct FlowKey {
 }
 
 #[derive(Debug)]
-struct Held {
+pub(crate) struct Held {
     payload: Vec<u8>,
     segment: Option<u16>,
     marks: (u8, u8),
 }
 
+/// What a flow is at.
 #[derive(Debug)]
-enum State {
+pub(crate) enum State {
     Opening { id: Option<RequestId>, held: Vec<Held> },
     Open { socket: OwnedFd },
     Published { port: u32, destination: Destination },
@@ -71,7 +66,7 @@ enum State {
 /// A flow.
 #[derive(Debug)]
 pub struct Flow {
-    state: State,
+    pub(crate) state: State,
     /// Hop limit and traffic class that the socket has.
     marks: (u8, u8),
     /// The longest datagram of which several are sent by one call. A longer one would not fit the path's MTU.
@@ -105,7 +100,7 @@ pub struct Datagrams {
     pub(crate) published: Vec<Published>,
     held_bytes: usize,
     last: Option<(FlowKey, Token)>,
-    pace: Pace,
+    pub(crate) pace: Pace,
 }
 
 impl Datagrams {
@@ -464,67 +459,5 @@ impl Gateway {
         self.stats.datagrams_received += datagrams as u64;
         self.wrote(written);
         count > 0
-    }
-
-    /// Tells the sandbox what the queue of errors of a flow's socket holds.
-    fn report_queued(&mut self, token: Token) {
-        let mut buffer = [0; 1280];
-        for _ in 0..MAX_ERRORS {
-            let Some((key, Flow { state, .. })) = self.datagrams.table.get(token) else { return };
-            let key = *key;
-            let socket = match state {
-                State::Open { socket } => socket.as_fd(),
-                State::Published { port, .. } => return self.report_published(*port),
-                State::Opening { .. } | State::Refused { .. } => return,
-            };
-            let Ok(Some(error)) = datagram::next_error(socket, &mut buffer) else { return };
-            self.report_error(&key, &error, &buffer);
-        }
-    }
-
-    /// Takes the next error off the queue of any socket and reports it for the flow of `key`.
-    pub(crate) fn report_error(&mut self, key: &FlowKey, error: &QueuedError, buffer: &[u8]) {
-        let (cause, offender) = self.judge(error, key.peer.ip());
-        let payload = buffer.get(..error.length).unwrap_or_default();
-        self.report_datagram(key, cause, offender, payload, payload.len());
-    }
-
-    /// What an error means, and who is said to have found it.
-    pub(crate) fn judge(&self, error: &QueuedError, peer: IpAddr) -> (Cause, IpAddr) {
-        let cause = match error.origin {
-            ErrorOrigin::Icmp(kind, code) => Cause::of_v4(kind, code, error.info),
-            ErrorOrigin::Icmp6(kind, code) => Cause::of_v6(kind, code, error.info),
-            ErrorOrigin::Local => match kso_sys::errno::from_raw(error.errno) {
-                Errno::EMSGSIZE => Some(Cause::TooBig(error.info)),
-                errno => Some(Cause::of_errno(errno)),
-            },
-        };
-        // The host's own addresses of loopback mean something else inside.
-        let offender = error
-            .offender
-            .filter(|offender| offender.is_ipv4() == peer.is_ipv4() && !offender.is_loopback())
-            .filter(|offender| !self.addresses.is_guest(*offender))
-            .unwrap_or_else(|| self.own(peer));
-        (cause.unwrap_or(Cause::Host), offender)
-    }
-
-    fn report_datagram(
-        &mut self,
-        key: &FlowKey,
-        cause: Cause,
-        offender: IpAddr,
-        payload: &[u8],
-        length: usize,
-    ) {
-        let length = length.min(usize::from(u16::MAX) - UDP_HEADER);
-        let Some(head) = udp_header(key.guest.port(), key.peer.port(), length) else { return };
-        let quoted = Quoted {
-            source: key.guest.ip(),
-            destination: key.peer.ip(),
-            protocol: protocol::UDP,
-            head: &head,
-            payload,
-        };
-        self.report(cause, offender, &quoted);
     }
 }

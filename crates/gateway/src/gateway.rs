@@ -10,7 +10,6 @@ use crate::packet::icmp::Cause;
 use crate::packet::transport::Transport;
 use crate::packet::{Fault, icmp, protocol};
 use crate::streams::Streams;
-use crate::table::Token;
 use crate::watch::{Requests, Source, Waiting, Watch};
 use crate::{GatewayConfig, GatewayError, GatewayStats};
 use kso_sys::tun::Tun;
@@ -31,7 +30,7 @@ const READ_BATCH: usize = 64;
 
 /// To be called again so soon is to be called at once: something was left.
 const AT_ONCE: Duration = Duration::from_micros(4);
-/// A flow that was ready so many times in a row, each soon after a packet of the sandbox, converses alone.
+/// A flow, or a published port, that was ready so many times in a row, each soon after a packet of the sandbox, converses alone.
 const STREAK: u32 = 32;
 /// How soon that is.
 const SOON: Duration = Duration::from_micros(50);
@@ -43,7 +42,7 @@ const TURN: Duration = Duration::from_micros(200);
 /// Whether one flow converses alone. A stream of datagrams one way is better served in batches, as they gather.
 #[derive(Clone, Copy, Debug, Default)]
 struct Hot {
-    flow: Option<Token>,
+    source: Option<Source>,
     times: u32,
     last: Option<Instant>,
     /// The sandbox has sent something since.
@@ -51,22 +50,22 @@ struct Hot {
 }
 
 impl Hot {
-    fn ready(&mut self, flow: Token, now: Instant) {
+    fn ready(&mut self, source: Source, now: Instant) {
         let soon = self.last.is_some_and(|last| now.saturating_duration_since(last) < SOON);
         let asked = std::mem::take(&mut self.asked);
-        if soon && asked && self.flow == Some(flow) {
+        if soon && asked && self.source == Some(source) {
             self.times = self.times.saturating_add(1);
         } else {
-            (self.flow, self.times) = (Some(flow), 0);
+            (self.source, self.times) = (Some(source), 0);
         }
         self.last = Some(now);
     }
 
-    fn flow(&mut self, now: Instant) -> Option<Token> {
+    fn source(&mut self, now: Instant) -> Option<Source> {
         if self.last.is_some_and(|last| now.saturating_duration_since(last) >= SOON) {
             self.times = 0;
         }
-        self.flow.filter(|_| self.times >= STREAK)
+        self.source.filter(|_| self.times >= STREAK)
     }
 }
 
@@ -147,9 +146,12 @@ impl Gateway {
                 }
                 Source::Flow(token) => {
                     self.flow_ready(token, *state, now);
-                    self.hot.ready(token, now);
+                    self.hot.ready(*source, now);
                 }
-                Source::Published(index) => self.published_ready(index, *state, now, link),
+                Source::Published(index) => {
+                    self.published_ready(index, *state, now, link);
+                    self.hot.ready(*source, now);
+                }
                 Source::Echo(token) => self.echo_ready(token, *state, now),
                 Source::Stream(token) => self.stream_ready(token, *state, now, link),
             }
@@ -233,15 +235,19 @@ impl Gateway {
     /// wake-up cost more than the whole of a datagram's way. Others on this processor have it in between
     /// (`sched_yield`), so nobody is kept waiting by it.
     fn linger(&mut self, now: Instant, link: &mut dyn BrokerLink) {
-        let Some(flow) = self.hot.flow(now) else { return };
+        let Some(source) = self.hot.source(now) else { return };
         let start = Instant::now();
         let mut last = start;
         loop {
             rustix::thread::sched_yield();
             let now = Instant::now();
-            let received = self.receive_flow(flow, now);
+            let received = match source {
+                Source::Flow(token) => self.receive_flow(token, now),
+                Source::Published(place) => self.receive_published(place, now, link),
+                Source::Tun | Source::Echo(_) | Source::Stream(_) => false,
+            };
             if received {
-                self.hot.ready(flow, now);
+                self.hot.ready(source, now);
             }
             if self.read_tun(now, link) | received {
                 last = now;

@@ -23,6 +23,7 @@ mod datagrams;
 mod device;
 mod dns;
 mod echoes;
+mod errors;
 mod gateway;
 mod ingress;
 mod outgoing;

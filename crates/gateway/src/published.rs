@@ -96,16 +96,22 @@ impl Gateway {
         now: Instant,
         link: &mut dyn BrokerLink,
     ) {
-        if ready.error {
+        if ready.error || !self.receive_published(place, now, link) {
             self.report_published(place);
+            self.receive_published(place, now, link);
         }
-        let Some(Published { socket, guest }) = self.datagrams.published.get(place as usize) else { return };
+    }
+
+    /// Receives datagrams and writes them to the TUN. Whether there were any.
+    pub(crate) fn receive_published(&mut self, place: u32, now: Instant, link: &mut dyn BrokerLink) -> bool {
+        let Some(Published { socket, guest }) = self.datagrams.published.get(place as usize) else {
+            return false;
+        };
         let guest = *guest;
-        let batch = &mut self.datagrams.batch;
-        let received = batch
-            .receive(socket.as_fd(), MAX_RECEIVE, true)
-            .or_else(|_| batch.receive(socket.as_fd(), MAX_RECEIVE, true));
-        let Ok(count) = received else { return };
+        let limit = self.datagrams.pace.limit(MAX_RECEIVE, self.at_once);
+        // An error that is pending is told by the queue.
+        let Ok(count) = self.datagrams.batch.receive(socket.as_fd(), limit, true) else { return false };
+        self.datagrams.pace.got(count);
         // The batch is lent out while flows are made, which do not receive.
         let batch = std::mem::take(&mut self.datagrams.batch);
         let mut train = Train::default();
@@ -129,6 +135,7 @@ impl Gateway {
         }
         self.write_published(last.map(|last| last.0), guest, &mut train);
         self.datagrams.batch = batch;
+        count > 0
     }
 
     fn write_published(&mut self, peer: Option<SocketAddr>, guest: SocketAddr, train: &mut Train<'_>) {
