@@ -2,7 +2,7 @@
 .PHONY: help build test fmt lint docs demo bench fuzz deps install clean
 
 help:
-	@echo 'make build   the kso command, optimized: target/release/kso'
+	@echo 'make build   the kso command, optimized: target/kso'
 	@echo 'make test    everything that CI checks: format, lints, licences, docs, unit and end-to-end tests (as root)'
 	@echo 'make demo    kso on real programs, in about a minute (as root)'
 	@echo 'make bench   the figures of docs/bench (as root)'
@@ -12,14 +12,17 @@ help:
 	@echo 'make install the kso command to $$(PREFIX)/bin, by default /usr/local/bin'
 
 PREFIX ?= /usr/local
+# Artifacts of the static build lie under the host's own name (.cargo/config.toml).
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 export PATH := $(HOME)/.cache/kso/tools/bin:$(HOME)/.cargo/bin:$(PATH)
 
 build:
 	@scripts/install-deps build
 	cargo build --release --locked -p kso
+	@ln -sfn $(HOST)/release/kso target/kso
 
 install: build
-	install -D -m 755 target/release/kso $(DESTDIR)$(PREFIX)/bin/kso
+	install -D -m 755 target/$(HOST)/release/kso $(DESTDIR)$(PREFIX)/bin/kso
 
 deps:
 	@scripts/install-deps build test demo bench
