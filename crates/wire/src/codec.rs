@@ -6,6 +6,7 @@
 //! of an interface means nothing on another kernel.
 
 use crate::message::{self, ToBroker, ToRunner};
+use crate::{guest, job};
 use serde::Serialize;
 use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error, SeqAccess, Visitor};
 use std::marker::PhantomData;
@@ -73,6 +74,58 @@ impl Bounded for ToBroker {
 
 fn options_over(options: &crate::SocketOptions) -> Option<&'static str> {
     (options.len() > crate::SocketOptions::MAX).then_some("options")
+}
+
+impl Bounded for guest::ToHost {
+    fn over_bound(&self) -> Option<&'static str> {
+        let (caller, options) = match self {
+            Self::Hello { .. } => return None,
+            Self::Prepare(prepare) => (&prepare.caller, Some(&prepare.connect.options)),
+            Self::Ask { caller, request: guest::GuestRequest::Listen { listen, .. }, .. } => {
+                (caller, Some(&listen.options))
+            }
+            Self::Ask { caller, .. } => (caller, None),
+        };
+        if caller.program.len() > message::MAX_PROGRAM {
+            return Some("program");
+        }
+        options.and_then(options_over)
+    }
+}
+
+impl Bounded for guest::ToGuest {
+    fn over_bound(&self) -> Option<&'static str> {
+        match self {
+            Self::Refused(reason) if reason.len() > message::MAX_RULE => Some("reason"),
+            Self::Answered { result: Ok(guest::GuestReply::Bytes(bytes)), .. } if bytes.len() > 1024 => {
+                Some("bytes")
+            }
+            _ => None,
+        }
+    }
+}
+
+// The launcher made these itself, or its own init did: a frame's own bound is enough.
+impl Bounded for job::ToInit {
+    fn over_bound(&self) -> Option<&'static str> {
+        match self {
+            Self::Start(start) => [start.command.len(), start.environment.len(), start.mounts.len()]
+                .iter()
+                .any(|&count| count > job::MAX_WORDS)
+                .then_some("words"),
+            _ => None,
+        }
+    }
+}
+
+impl Bounded for job::ToLauncher {
+    fn over_bound(&self) -> Option<&'static str> {
+        match self {
+            Self::Failed { reason, .. } if reason.len() > message::MAX_MESSAGE_TEXT => Some("reason"),
+            Self::Ready { kernel, .. } if kernel.len() > message::MAX_RULE => Some("kernel"),
+            _ => None,
+        }
+    }
 }
 
 impl Bounded for ToRunner {

@@ -21,6 +21,8 @@ pub const MAX_PROGRAM: usize = 64;
 pub const MAX_RULES: usize = 1024;
 /// Longest text of one rule, bytes.
 pub const MAX_RULE: usize = 512;
+/// Longest text for a person, bytes.
+pub const MAX_MESSAGE_TEXT: usize = 4096;
 /// Longest DNS message, bytes (RFC 1035, 4.2.2).
 pub const MAX_DNS: usize = 65_535;
 

@@ -1,0 +1,5 @@
+//! The vsock device.
+
+mod outside;
+
+pub use outside::{End, GuestId, Outside, Verdict};

@@ -1,0 +1,66 @@
+//! What the device asks of the world outside.
+
+use kso_wire::Errno;
+use kso_wire::guest::StreamKey;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+/// Names a guest of a hub.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GuestId(pub u32);
+
+/// What shall become of a REQUEST.
+#[derive(Debug)]
+pub enum Verdict {
+    /// This non-blocking stream socket, whose connection is under way or up: RESPONSE once it is up.
+    Socket(OwnedFd),
+    /// The control stream: its bytes go to [`Outside::control`].
+    Control,
+    /// A listener of a guest of the same hub (or of the same guest): joined memory to memory. The key is the stream's name
+    /// in that guest.
+    Guest(GuestId, StreamKey),
+    /// RST.
+    Refused(Errno),
+}
+
+/// How a stream ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Bytes that the guest sent.
+    pub bytes_out: u64,
+    /// Bytes that the guest was given.
+    pub bytes_in: u64,
+    /// The error of the socket outside, if it broke.
+    pub errno: Option<Errno>,
+}
+
+/// The broker, as the device sees it. Nothing here waits.
+pub trait Outside {
+    /// The guest connects. What it wrote to the control stream before has been given to [`Self::control`].
+    fn request(&mut self, guest: GuestId, stream: StreamKey) -> Verdict;
+
+    /// A connection that [`Self::request`] began is up, or the guest took one that was dialled. Called before
+    /// RESPONSE is written.
+    fn established(&mut self, guest: GuestId, stream: StreamKey, socket: Option<BorrowedFd<'_>>);
+
+    /// A connection that [`Self::request`] began failed. Called before RST is written.
+    fn failed(&mut self, guest: GuestId, stream: StreamKey, errno: Errno);
+
+    /// The guest did not take a stream that was dialled: no listener, or its queue is full. The socket comes back.
+    fn rejected(&mut self, guest: GuestId, stream: StreamKey, socket: OwnedFd);
+
+    /// An established stream is over. If it broke: called before RST is written.
+    fn ended(&mut self, guest: GuestId, stream: StreamKey, end: End);
+
+    /// Bytes of the guest's control stream. An error drops it, and all streams of the guest.
+    ///
+    /// # Errors
+    /// They are no messages.
+    fn control(&mut self, guest: GuestId, bytes: &[u8]) -> Result<(), String>;
+
+    /// What is to be written to the guest's control stream: the device takes from its front what the guest has room
+    /// for. Looked at after each of the calls above, and when the hub is told to flush.
+    fn control_output(&mut self, guest: GuestId) -> Option<&mut Vec<u8>>;
+
+    /// The guest's device was reset, or its VMM is gone: nothing of it is left.
+    fn gone(&mut self, guest: GuestId);
+}

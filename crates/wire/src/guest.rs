@@ -1,0 +1,210 @@
+//! The channel between a guest's runner and the broker outside.
+//!
+//! A guest has no way to pass descriptors. Its streams are AF_VSOCK sockets whose other end is the vsock device
+//! beside the broker; what AF_VSOCK cannot say about them goes over one *control stream*, a vsock stream to
+//! [`ports::CONTROL`] of the host, in frames of [`crate::frame`].
+//!
+//! ```text
+//!   runner in the guest                               broker
+//!     | -- Hello -----------------------------------> |
+//!     | <--------------------------- Welcome/Refused  |
+//!     | -- Prepare{local_port, ..} -----------------> |   then, on the vsock itself, REQUEST from local_port:
+//!     |        (vsock REQUEST)                        |   the device finds what was prepared
+//!     | <---------------------- Established | Failed  |   written before RESPONSE or RST
+//!     | -- Ask{id, ..} -----------------------------> |   listeners, options and addresses of streams
+//!     | <----------------------------- Answered{id}   |
+//!     | <------------------------------------- Named  |   before a REQUEST from a peer whose CID is no address
+//! ```
+//!
+//! Order holds: packets of one guest are handled in the order in which it sent them, so what was written to the
+//! control stream before a `connect` is known when its REQUEST comes; and the other way, what the device
+//! writes to the control stream before RESPONSE, RST or REQUEST is in the guest's buffers before them.
+
+use crate::{Caller, Connect, Errno, Failure, Listen, OptionName, OptionValue, Welcome};
+use serde::{Deserialize, Serialize};
+use std::net::{Ipv4Addr, SocketAddr};
+
+/// vsock ports of the host (CID 2) that have a meaning. Any other REQUEST to CID 2 is refused.
+pub mod ports {
+    /// The control stream: frames of [`super::ToHost`] and [`super::ToGuest`].
+    pub const CONTROL: u32 = 1;
+    /// Packets of the guest's TUN: frames of one packet each, virtio-net header included.
+    pub const PACKETS: u32 = 2;
+    /// The job: frames of [`crate::job::ToLauncher`] and [`crate::job::ToInit`].
+    pub const JOB: u32 = 3;
+    /// The program's standard input, raw bytes; or both directions of its terminal.
+    pub const STDIN: u32 = 4;
+    /// The program's standard output, raw bytes.
+    pub const STDOUT: u32 = 5;
+    /// The program's standard error, raw bytes.
+    pub const STDERR: u32 = 6;
+    /// Streams of a guest whose VMM carries CID 2 only: each begins with the 8 bytes of a [`super::Ticket`].
+    pub const STREAMS: u32 = 7;
+}
+
+/// The guest's own CID.
+pub const GUEST_CID: u32 = 3;
+/// First of the CIDs that are no IPv4 address but stand for one that does not fit (IPv6): 240.0.0.0/4.
+pub const FIRST_PSEUDO_CID: u32 = 0xf000_0000;
+/// One after the last of them; the CIDs from here on are reserved (`VMADDR_CID_ANY`).
+pub const LAST_PSEUDO_CID: u32 = 0xffff_ff00;
+
+/// The CID that carries an address: an IPv4 address is its own; `None` needs a pseudo-CID.
+#[must_use]
+pub fn cid_of(address: std::net::IpAddr) -> Option<u32> {
+    match address.to_canonical() {
+        std::net::IpAddr::V4(v4) if (3..FIRST_PSEUDO_CID).contains(&u32::from(v4)) => Some(v4.into()),
+        _ => None,
+    }
+}
+
+/// The address that a CID carries, unless it is a pseudo-CID or one of vsock's own (0 to 2).
+#[must_use]
+pub fn address_of(cid: u32) -> Option<Ipv4Addr> {
+    (3..FIRST_PSEUDO_CID).contains(&cid).then(|| Ipv4Addr::from(cid))
+}
+
+/// A stream as the guest's kernel names it (`getsockname` and `getpeername` of the AF_VSOCK socket).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct StreamKey {
+    /// The guest's vsock port.
+    pub local_port: u32,
+    /// The peer's CID.
+    pub peer_cid: u32,
+    /// The peer's vsock port.
+    pub peer_port: u32,
+}
+
+/// Names a stream of [`ports::STREAMS`]: its `local_port` of [`Prepare`] in the lower half, any number that makes it
+/// unique in the upper. Sent as 8 bytes, little-endian; answered by one byte, 0, once it is connected.
+pub type Ticket = u64;
+
+/// What a coming REQUEST from `local_port` means. A REQUEST that was not prepared is a connection to the IPv4
+/// address and port that its CID and port are. One that is prepared anew replaces the one before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The vsock port that the guest's socket is bound to.
+    pub local_port: u32,
+    /// Who connects.
+    pub caller: Caller,
+    /// Where to, with the options that were set.
+    pub connect: Connect,
+}
+
+/// What a runner asks about one of its streams, or has done to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StreamCall {
+    /// `getsockname` outside: [`GuestReply::Address`].
+    LocalAddress,
+    /// `getpeername` outside: [`GuestReply::Address`].
+    PeerAddress,
+    /// `getsockopt` of a portable option: [`GuestReply::Value`].
+    GetOption(OptionName),
+    /// `setsockopt` of a portable option: [`GuestReply::Done`].
+    SetOption(OptionName, OptionValue),
+    /// `TCP_INFO` as the host's Linux has it, cut to so many bytes (at most 1024): [`GuestReply::Bytes`].
+    TcpInfo(u16),
+    /// Bytes that the peer has not acknowledged (`SIOCOUTQ`): [`GuestReply::Value`].
+    OutQueue,
+}
+
+/// Something for the broker to do, with an answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestRequest {
+    /// Listen outside: [`GuestReply::Listening`] or [`GuestReply::StayInside`]. Connections come to the guest's
+    /// listener on `vsock_port`, which listens already. Without a backlog it only reserves, as [`Listen`] says.
+    Listen {
+        /// The listener inside.
+        listen: Listen,
+        /// Where it accepts in the guest. 0 for a reservation.
+        vsock_port: u32,
+    },
+    /// The guest's listener on this vsock port was closed: [`GuestReply::Done`].
+    Unlisten(u32),
+    /// As [`crate::Request::Release`]: [`GuestReply::Done`].
+    Release(SocketAddr),
+    /// See [`StreamCall`].
+    Stream(StreamKey, StreamCall),
+}
+
+/// What came of a [`GuestRequest`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestReply {
+    /// Done.
+    Done,
+    /// Not outsourced: the guest's kernel shall do it.
+    StayInside,
+    /// It listens, or is reserved, at this address outside.
+    Listening(SocketAddr),
+    /// An address.
+    Address(SocketAddr),
+    /// A number.
+    Value(OptionValue),
+    /// Bytes of a structure.
+    Bytes(Vec<u8>),
+}
+
+/// From the guest's runner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToHost {
+    /// First message.
+    Hello {
+        /// [`crate::VERSION`].
+        version: u16,
+    },
+    /// See [`Prepare`].
+    Prepare(Prepare),
+    /// Do this.
+    Ask {
+        /// Named so; unique among the unanswered.
+        id: u64,
+        /// Asked by.
+        caller: Caller,
+        /// What.
+        request: GuestRequest,
+    },
+}
+
+/// To the guest's runner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToGuest {
+    /// The session is open.
+    Welcome(Welcome),
+    /// It is not, and why.
+    Refused(String),
+    /// A prepared connection is up. Written before RESPONSE.
+    Established {
+        /// The guest's vsock port.
+        local_port: u32,
+        /// `getsockname` outside.
+        local: SocketAddr,
+    },
+    /// A prepared connection failed, or was denied. Written before RST.
+    Failed {
+        /// The guest's vsock port.
+        local_port: u32,
+        /// Why.
+        failure: Failure,
+    },
+    /// An established stream ended with this error (a reset is RST, which AF_VSOCK shows as EOF). Written before RST.
+    Broken {
+        /// Which.
+        stream: StreamKey,
+        /// Why.
+        errno: Errno,
+    },
+    /// A peer whose address its CID does not carry: written before the REQUEST that comes from it.
+    Named {
+        /// The CID (and, where the VMM gives out ports, the port) as the guest sees them.
+        stream: StreamKey,
+        /// The true address.
+        address: SocketAddr,
+    },
+    /// What came of a request.
+    Answered {
+        /// Its name.
+        id: u64,
+        /// The outcome.
+        result: Result<GuestReply, Failure>,
+    },
+}
