@@ -291,21 +291,23 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Waits until its output contains `text`; panics when it ends first or after twenty seconds.
+    /// Waits until its output contains `text`; panics when it ends first or after twenty seconds
+    /// (longer for a guest).
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) {
         let start = Instant::now();
+        let limit = crate::Client::current().patience(Duration::from_secs(20));
         loop {
             if self.text().contains(text) || self.errors().contains(text) {
                 return;
             }
             let ended = !self.running();
-            if (ended && !self.text().contains(text)) || start.elapsed() > Duration::from_secs(20) {
+            if (ended && !self.text().contains(text)) || start.elapsed() > limit {
                 std::thread::sleep(Duration::from_millis(50));
                 if self.text().contains(text) || self.errors().contains(text) {
                     return;
                 }
-                let why = if ended { "it ended" } else { "20 s passed" };
+                let why = if ended { "it ended" } else { "the time was over" };
                 panic!(
                     "{why} before {text:?} came: {}\n--- stdout\n{}\n--- stderr\n{}",
                     self.argv.join(" "),

@@ -10,10 +10,13 @@
 //!   10.77.0.1  fd77::1  <--- veth --->   10.77.0.2 .3 .4  fd77::2 ::3  169.254.169.254
 //! ```
 //!
+//! With `KSO_TEST_CLIENT=vm` the programs run in a microVM instead ([`Client`]).
+//!
 //! Namespaces need root: `make test` says how to run the tests.
 
 #![forbid(unsafe_code)]
 
+mod client;
 mod command;
 mod leaks;
 mod netns;
@@ -24,6 +27,7 @@ pub mod semantics;
 mod tls;
 mod world;
 
+pub use client::Client;
 pub use command::{Cmd, Output, Running, argv, sh};
 pub use leaks::{Resources, marked_processes, wait_gone};
 pub use netns::Netns;

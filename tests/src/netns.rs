@@ -141,9 +141,8 @@ impl Netns {
 
     /// Waits until something listens on TCP `port`.
     pub fn wait_for_port(&self, port: u16) {
-        crate::wait_until(&format!("port {port} in {}", self.name), Duration::from_secs(20), || {
-            self.listens(port)
-        });
+        let limit = crate::Client::current().patience(Duration::from_secs(20));
+        crate::wait_until(&format!("port {port} in {}", self.name), limit, || self.listens(port));
     }
 }
 

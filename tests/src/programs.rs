@@ -12,7 +12,7 @@ pub fn program(name: &str) -> String {
     path.display().to_string()
 }
 
-fn output_directory() -> PathBuf {
+pub(crate) fn output_directory() -> PathBuf {
     let target = crate::world::target_directory();
     let directory = target.parent().unwrap_or(&target).join("kso-tests");
     fs::create_dir_all(&directory).expect("the target directory can be written");

@@ -1,7 +1,8 @@
 //! The test's own small internet.
 
 use crate::netns::{Netns, ip, sweep};
-use crate::{Authority, Cmd, EchoServer, HttpOrigin, Output, Pty, Running, argv, leaks};
+use crate::programs::output_directory;
+use crate::{Authority, Client, Cmd, EchoServer, HttpOrigin, Output, Pty, Running, argv, leaks};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,6 +17,11 @@ pub(crate) fn target_directory() -> PathBuf {
     let test = std::env::current_exe().expect("the test's own path");
     // target/PROFILE/deps/test-HASH
     test.parent().and_then(|deps| deps.parent()).expect("a target directory").to_path_buf()
+}
+
+/// Where the guest programs are built.
+fn programs_directory() -> String {
+    output_directory().display().to_string()
 }
 
 /// The kso under test: `KSO_BIN`, or the one built with the tests.
@@ -189,11 +195,12 @@ impl World {
         self.at_host(argv(words).prefixed([kso_binary()]))
     }
 
-    /// `cmd` under `kso run FLAGS --` in the host namespace. `flags` are split at spaces.
+    /// `cmd` under kso with `flags` (split at spaces) in the host namespace, on the client kernel that is tested.
     pub fn outsourced(&self, flags: &str, cmd: Cmd) -> Cmd {
-        let kso = kso_binary();
-        let words = [kso.as_str(), "run"].into_iter().chain(flags.split_whitespace()).chain(["--"]);
-        self.at_host(cmd.prefixed(words.map(str::to_owned).collect::<Vec<_>>()))
+        let shared = [self.directory.path().display().to_string(), programs_directory()];
+        let client = Client::current();
+        let limit = client.patience(cmd.limit);
+        self.at_host(cmd.prefixed(client.words(&kso_binary(), flags, &shared)).limit(limit))
     }
 
     /// Runs `cmd` natively.
