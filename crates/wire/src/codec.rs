@@ -79,7 +79,7 @@ fn options_over(options: &crate::SocketOptions) -> Option<&'static str> {
 impl Bounded for guest::ToHost {
     fn over_bound(&self) -> Option<&'static str> {
         let (caller, options) = match self {
-            Self::Hello { .. } => return None,
+            Self::Hello { .. } | Self::Abandon { .. } => return None,
             Self::Prepare(prepare) => (&prepare.caller, Some(&prepare.connect.options)),
             Self::Ask { caller, request: guest::GuestRequest::Listen { listen, .. }, .. } => {
                 (caller, Some(&listen.options))

@@ -96,7 +96,7 @@ mod tests {
     #[test]
     fn frames_come_out_whole_however_they_came_in() {
         let mut bytes = Vec::new();
-        append(&ToHost::Hello { version: 7 }, &mut bytes).unwrap();
+        append(&ToHost::Hello { version: 7, datagram_segments: false }, &mut bytes).unwrap();
         append_bytes(b"", &mut bytes).unwrap();
         append_bytes(b"abc", &mut bytes).unwrap();
         for step in 1..bytes.len() {
@@ -113,7 +113,10 @@ mod tests {
         }
         let mut frames = Frames::default();
         frames.push(&bytes);
-        assert_eq!(frames.next_message::<ToHost>().unwrap(), Some(ToHost::Hello { version: 7 }));
+        assert_eq!(
+            frames.next_message::<ToHost>().unwrap(),
+            Some(ToHost::Hello { version: 7, datagram_segments: false })
+        );
         assert!(frames.next_message::<ToHost>().is_err(), "an empty frame is no message");
     }
 

@@ -46,6 +46,9 @@ pub mod ports {
 pub const GUEST_CID: u32 = 3;
 /// First of the CIDs that are no IPv4 address but stand for one that does not fit (IPv6): 240.0.0.0/4.
 pub const FIRST_PSEUDO_CID: u32 = 0xf000_0000;
+/// First of those that the broker gives out ([`ToGuest::Named`]); the runner gives out the ones before, for peers of
+/// its own connections. What a runner's stands for is told by [`Prepare`].
+pub const FIRST_NAMED_CID: u32 = 0xf800_0000;
 /// One after the last of them; the CIDs from here on are reserved (`VMADDR_CID_ANY`).
 pub const LAST_PSEUDO_CID: u32 = 0xffff_ff00;
 
@@ -53,15 +56,17 @@ pub const LAST_PSEUDO_CID: u32 = 0xffff_ff00;
 #[must_use]
 pub fn cid_of(address: std::net::IpAddr) -> Option<u32> {
     match address.to_canonical() {
-        std::net::IpAddr::V4(v4) if (3..FIRST_PSEUDO_CID).contains(&u32::from(v4)) => Some(v4.into()),
+        std::net::IpAddr::V4(v4) if (GUEST_CID + 1..FIRST_PSEUDO_CID).contains(&u32::from(v4)) => {
+            Some(v4.into())
+        }
         _ => None,
     }
 }
 
-/// The address that a CID carries, unless it is a pseudo-CID or one of vsock's own (0 to 2).
+/// The address that a CID carries, unless it is a pseudo-CID, one of vsock's own (0 to 2) or the guest's own.
 #[must_use]
 pub fn address_of(cid: u32) -> Option<Ipv4Addr> {
-    (3..FIRST_PSEUDO_CID).contains(&cid).then(|| Ipv4Addr::from(cid))
+    (GUEST_CID + 1..FIRST_PSEUDO_CID).contains(&cid).then(|| Ipv4Addr::from(cid))
 }
 
 /// A stream as the guest's kernel names it (`getsockname` and `getpeername` of the AF_VSOCK socket).
@@ -151,9 +156,17 @@ pub enum ToHost {
     Hello {
         /// [`crate::VERSION`].
         version: u16,
+        /// The guest's TUN takes several UDP datagrams of a flow as one packet (`VIRTIO_NET_HDR_GSO_UDP_L4`, Linux 6.2).
+        datagram_segments: bool,
     },
     /// See [`Prepare`].
     Prepare(Prepare),
+    /// The program closed a socket whose connection is under way, about which vsock says nothing. The answer, if one
+    /// comes all the same, is not waited for.
+    Abandon {
+        /// The guest's vsock port.
+        local_port: u32,
+    },
     /// Do this.
     Ask {
         /// Named so; unique among the unanswered.
@@ -207,4 +220,62 @@ pub enum ToGuest {
         /// The outcome.
         result: Result<GuestReply, Failure>,
     },
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::frame::{Frames, append};
+    use crate::{Connect, Family, Origin, SocketOptions};
+    use std::net::IpAddr;
+
+    fn bytes<T: Serialize + crate::codec::Bounded>(message: &T) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        append(message, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// What both ends of a mixed pair of versions must agree on.
+    #[test]
+    fn golden_bytes() {
+        assert_eq!(bytes(&ToHost::Hello { version: 1, datagram_segments: true }), [3, 0, 0, 0, 0, 1, 1]);
+        assert_eq!(bytes(&ToHost::Abandon { local_port: 300 }), [3, 0, 0, 0, 2, 0xac, 2]);
+        let stream = StreamKey { local_port: 1, peer_cid: 2, peer_port: 3 };
+        let request = GuestRequest::Stream(stream, StreamCall::OutQueue);
+        let ask = ToHost::Ask { id: 5, caller: Caller { pid: 6, program: "a".into() }, request };
+        assert_eq!(bytes(&ask), [10, 0, 0, 0, 3, 5, 6, 1, b'a', 3, 1, 2, 3, 5]);
+        assert_eq!(bytes(&established), [8, 0, 0, 0, 2, 7, 0, 127, 0, 0, 1, 80]);
+        let failed = ToGuest::Failed { local_port: 7, failure: Failure::denied(Errno::EPERM) };
+        assert_eq!(bytes(&failed), [4, 0, 0, 0, 3, 7, 0, 1]);
+    }
+
+    #[test]
+    fn a_prepared_connection_survives_the_round_trip() {
+        let connect = Connect {
+            peer: "[2001:db8::1]:443".parse().unwrap(),
+            family: Family::V6,
+            local: None,
+            options: SocketOptions::default(),
+            origin: Origin::Intercepted,
+        };
+        let message =
+            ToHost::Prepare(Prepare { local_port: 0x9000_8000, caller: Caller::default(), connect });
+        let mut frames = Frames::default();
+        frames.push(&bytes(&message));
+        assert_eq!(frames.next_message::<ToHost>().unwrap(), Some(message));
+    }
+
+    #[test]
+    fn a_cid_carries_what_fits() {
+        let cid = |text: &str| cid_of(text.parse::<IpAddr>().unwrap());
+        assert_eq!(cid("10.0.0.1"), Some(0x0a00_0001));
+        assert_eq!(cid("::ffff:10.0.0.1"), Some(0x0a00_0001));
+        for other in ["0.0.0.0", "0.0.0.2", "0.0.0.3", "240.0.0.1", "255.255.255.255", "::1", "2001:db8::1"] {
+            assert_eq!(cid(other), None, "{other}");
+        }
+        assert_eq!(address_of(0x7f00_0001), Some(Ipv4Addr::LOCALHOST));
+        assert_eq!(address_of(FIRST_PSEUDO_CID), None);
+        assert_eq!(address_of(2), None);
+    }
 }
