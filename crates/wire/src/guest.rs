@@ -245,6 +245,7 @@ mod tests {
         let request = GuestRequest::Stream(stream, StreamCall::OutQueue);
         let ask = ToHost::Ask { id: 5, caller: Caller { pid: 6, program: "a".into() }, request };
         assert_eq!(bytes(&ask), [10, 0, 0, 0, 3, 5, 6, 1, b'a', 3, 1, 2, 3, 5]);
+        let established = ToGuest::Established { local_port: 7, local: "127.0.0.1:80".parse().unwrap() };
         assert_eq!(bytes(&established), [8, 0, 0, 0, 2, 7, 0, 127, 0, 0, 1, 80]);
         let failed = ToGuest::Failed { local_port: 7, failure: Failure::denied(Errno::EPERM) };
         assert_eq!(bytes(&failed), [4, 0, 0, 0, 3, 7, 0, 1]);
