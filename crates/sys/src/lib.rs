@@ -8,6 +8,7 @@
 
 pub mod datagram;
 pub mod errno;
+pub mod launch;
 pub mod lock;
 pub mod notify;
 pub mod numbers;

@@ -1,0 +1,129 @@
+//! The first root of a guest: this very program as `/init`, and the modules it loads before it can reach the host.
+
+use crate::cpio::Archive;
+use crate::kernels::Kernel;
+use crate::modules::{Index, ModuleError};
+use crate::{MachineKind, cache, elf};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Changes with what is put in.
+const VERSION: &str = "1";
+/// So many are kept, for other kernels and for other builds of kso.
+const KEPT: usize = 12;
+/// What every guest needs: its way to the host, its files, its packets.
+const NEEDED: &[&str] = &["vmw_vsock_virtio_transport", "virtiofs", "overlay", "tun"];
+/// What a guest does without: connections to its own published ports then take the way through the host.
+const WELCOME: &[&str] = &["vsock_loopback"];
+
+/// Why there is no initramfs.
+#[derive(Debug, thiserror::Error)]
+pub enum InitramfsError {
+    /// The kernel's modules.
+    #[error("kernel {release} cannot be used: {source}")]
+    Modules {
+        /// Of which kernel.
+        release: String,
+        /// Why.
+        source: ModuleError,
+    },
+    /// Our own program, or the cache.
+    #[error("cannot make an initramfs in {}: {source}", path.display())]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The initramfs for this kernel and this build of kso: from the cache, or made and put there.
+///
+/// # Errors
+/// See [`InitramfsError`].
+pub fn compose(kernel: &Kernel, kind: MachineKind) -> Result<PathBuf, InitramfsError> {
+    let failed = |path: &Path, source| InitramfsError::Io { path: path.to_owned(), source };
+    let directory =
+        cache::directory().map_err(|source| failed(Path::new("the cache"), source))?.join("initramfs");
+    let own = Path::new("/proc/self/exe");
+    let key = cache::key([
+        VERSION.as_bytes(),
+        kernel.release.as_bytes(),
+        kind.name().as_bytes(),
+        identity(&kernel.modules).as_bytes(),
+        identity(own).as_bytes(),
+    ]);
+    let path = directory.join(format!("{}-{key}.cpio", kernel.release));
+    if path.exists() {
+        return Ok(path);
+    }
+    let modules = |source| InitramfsError::Modules { release: kernel.release.clone(), source };
+    let index = Index::read(&kernel.modules).map_err(modules)?;
+    let mut wanted = vec![kind.transport()];
+    wanted.extend(NEEDED);
+    wanted.extend(WELCOME.iter().filter(|name| index.has(name)));
+    let mut archive = Archive::default();
+    archive.directory("dev", 0o755);
+    archive.device("dev/console", 0o600, (5, 1));
+    let program = fs::read(own).map_err(|source| failed(own, source))?;
+    archive.file("init", 0o755, &elf::strip(program));
+    archive.directory("modules", 0o755);
+    // Numbered as they are to be loaded.
+    for (number, module) in index.load(&wanted).map_err(modules)?.iter().enumerate() {
+        archive.file(&format!("modules/{number:02}-{}.ko", module.name), 0o644, &module.object);
+    }
+    cache::write(&path, &archive.finish()).map_err(|source| failed(&directory, source))?;
+    forget_oldest(&directory);
+    Ok(path)
+}
+
+/// What changes with a file's contents, without reading it.
+fn identity(path: &Path) -> String {
+    match fs::metadata(path) {
+        Ok(file) => {
+            let modified = (file.mtime(), file.mtime_nsec());
+            format!("{} {} {} {modified:?} {}", file.dev(), file.ino(), file.size(), path.display())
+        }
+        Err(error) => error.to_string(),
+    }
+}
+
+fn forget_oldest(directory: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    let mut files: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .filter(|(_, path)| path.extension().is_some_and(|extension| extension == "cpio"))
+        .collect();
+    files.sort();
+    let surplus = files.len().saturating_sub(KEPT);
+    for (_, path) in files.iter().take(surplus) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_newest_stay() {
+        let directory = tempfile::tempdir().unwrap();
+        for number in 0..KEPT + 3 {
+            let path = directory.path().join(format!("{number:02}.cpio"));
+            let file = fs::File::create(path).unwrap();
+            let age = std::time::Duration::from_secs(u64::try_from(100 - number).unwrap());
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
+        }
+        fs::write(directory.path().join("other"), "").unwrap();
+        forget_oldest(directory.path());
+        let mut left: Vec<_> =
+            fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left.len(), KEPT + 1);
+        assert_eq!(left.first().unwrap(), "03.cpio");
+    }
+}
