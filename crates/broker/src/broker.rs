@@ -15,6 +15,7 @@ use crate::dns::conf::ResolvConf;
 use crate::dns::forward::{Done, Forwarder};
 use crate::dns::hosts::Watched;
 use crate::eyes::Eyes;
+use crate::guest::Guests;
 use crate::metrics::{Exporter, Snapshot};
 use crate::session::{Session, SessionId};
 use crate::totals::Totals;
@@ -51,6 +52,7 @@ pub(crate) mod token {
     pub const ENDS: u64 = kind(5);
     pub const METRICS: u64 = kind(6);
     pub const SCRAPE: u64 = kind(7);
+    pub const GUEST_LISTENER: u64 = kind(8);
     pub const KIND: u64 = !0 << 32;
 }
 
@@ -97,6 +99,7 @@ pub struct Broker {
     pub(crate) completed: VecDeque<(SessionId, RequestId, Answer)>,
     control: Option<ControlSocket>,
     exporter: Option<Exporter>,
+    pub(crate) guests: Guests,
 }
 
 impl Broker {
@@ -148,6 +151,7 @@ impl Broker {
             completed: VecDeque::new(),
             control,
             exporter,
+            guests: Guests::default(),
             config,
         };
         broker.watch_ends();
@@ -310,7 +314,9 @@ impl Broker {
     /// When [`Self::run_ready`] has something to do at the latest.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        [self.forwarder.next_deadline(), self.shared.track.next_deadline()].into_iter().flatten().min()
+        let guests = self.guests.next_deadline();
+        let own = [self.forwarder.next_deadline(), self.shared.track.next_deadline(), guests];
+        own.into_iter().flatten().min()
     }
 
     /// Serves what is ready. Never waits.
@@ -326,6 +332,7 @@ impl Broker {
         let mut done = Vec::new();
         self.forwarder.expire(self.epoll.as_fd(), now, &mut done);
         done.into_iter().for_each(|done| self.resolved(done));
+        self.expire_guests(now);
         let mut seen = Vec::new();
         self.shared.track.look(&self.sessions, now, &mut seen);
         self.tell(seen);
@@ -346,11 +353,12 @@ impl Broker {
             }
             token::CLIENT => {
                 if self.shared.eyes.ready(which) {
-                    let report = report::report(self.sessions.values_mut());
+                    let report = report::report(&mut self.sessions, &self.guests);
                     self.shared.eyes.tell(which, &report);
                 }
                 self.watch_ends();
             }
+            token::GUEST_LISTENER => self.guest_accept(which),
             token::ENDS => self.read_ends(),
             token::METRICS => {
                 if let Some(exporter) = &mut self.exporter {

@@ -38,6 +38,43 @@ impl Embedded {
     }
 }
 
+/// One session of a broker that is somebody else's.
+#[derive(Debug)]
+pub struct Link<'a> {
+    broker: &'a mut Broker,
+    session: SessionId,
+}
+
+impl<'a> Link<'a> {
+    /// To `session` of `broker`.
+    pub fn new(broker: &'a mut Broker, session: SessionId) -> Self {
+        Self { broker, session }
+    }
+}
+
+impl BrokerLink for Link<'_> {
+    fn submit(&mut self, id: RequestId, caller: &Caller, request: Request) -> Submitted {
+        self.broker.handle(self.session, id, caller, request)
+    }
+
+    fn wants_program(&self) -> bool {
+        self.broker.is_watched()
+    }
+
+    fn forget(&mut self, id: RequestId) {
+        self.broker.forget(self.session, id);
+    }
+
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.broker.poll_fd())
+    }
+
+    /// Answers to several sessions come by [`Broker::completed`] alone: one does not take another's.
+    fn completed(&mut self) -> Option<(RequestId, Answer)> {
+        None
+    }
+}
+
 impl BrokerLink for Embedded {
     fn submit(&mut self, id: RequestId, caller: &Caller, request: Request) -> Submitted {
         self.broker.handle(self.session, id, caller, request)

@@ -61,6 +61,7 @@ impl Broker {
     ) -> Submitted {
         let now = Instant::now();
         self.look_at_files(now);
+        let guests = self.names_of_guests(id);
         let Some(session) = self.sessions.get_mut(&id.0) else {
             return done(Vec::new());
         };
@@ -84,7 +85,14 @@ impl Broker {
             }
             return done(local::refused(&message, &reason.to_string()));
         }
-        let known = local::Known { tun: &session.tun, names: &session.names, hosts: &self.hosts.text };
+        let asked = message.queries.first().map(|question| dns::text(question.name()).to_ascii_lowercase());
+        let guest = guests.into_iter().find(|(name, _)| Some(name) == asked.as_ref());
+        let known = local::Known {
+            tun: &session.tun,
+            names: &session.names,
+            hosts: &self.hosts.text,
+            guest: guest.map(|(_, address)| address),
+        };
         if let Some(answer) = local::answer(&message, known) {
             self.answered(id, &answer, now.elapsed());
             return done(answer);

@@ -1,6 +1,7 @@
 //! What `kso ps` shows.
 
-use crate::session::Session;
+use crate::guest::{Guests, Shown};
+use crate::session::{Session, SessionId};
 use kso_provider::diagnostics::{self, Socket};
 use kso_provider::processes;
 use serde::{Deserialize, Serialize};
@@ -90,16 +91,51 @@ pub struct ConnectionReport {
 }
 
 /// Looks at the kernel now.
-pub(crate) fn report<'a>(sessions: impl Iterator<Item = &'a mut Session>) -> Report {
+pub(crate) fn report(sessions: &mut HashMap<u64, Session>, guests: &Guests) -> Report {
     let mut sockets: HashMap<u32, Socket> = HashMap::new();
     if let Err(error) = diagnostics::sockets(|socket| {
         sockets.insert(socket.inode, socket);
     }) {
         tracing::warn!(%error, "the kernel's sockets cannot be read");
     }
-    let mut sessions: Vec<_> = sessions.map(|session| one(session, &sockets)).collect();
+    let by_cookie: HashMap<u64, &Socket> = sockets.values().map(|socket| (socket.cookie, socket)).collect();
+    let all = sessions.values_mut().map(|session| {
+        let mut report = one(session, &sockets);
+        if let Some(guest) = guests.of_session(SessionId(session.id)) {
+            // Its processes are not this kernel's: what is found here is its machine.
+            report.processes = 0;
+            report.connections = of_guest(session, guests.shown(guest), &by_cookie);
+        }
+        report
+    });
+    let mut sessions: Vec<_> = all.collect();
     sessions.sort_by_key(|session| session.session);
     Report { broker: std::process::id(), sessions }
+}
+
+fn of_guest<'a>(
+    session: &Session,
+    streams: impl Iterator<Item = Shown<'a>>,
+    sockets: &HashMap<u64, &Socket>,
+) -> Vec<ConnectionReport> {
+    let line = |stream: Shown<'_>| {
+        let socket = stream.cookie.and_then(|cookie| sockets.get(&cookie));
+        let otherwise = if stream.open { "established" } else { "syn-sent" };
+        ConnectionReport {
+            pid: stream.caller.pid,
+            program: stream.caller.program.clone(),
+            direction: if stream.inward { "in" } else { "out" }.into(),
+            local: stream.local.or(socket.map(|socket| socket.local)).unwrap_or(stream.peer),
+            peer: stream.peer,
+            names: session.names_for_people(stream.peer.ip()),
+            state: socket.map_or(otherwise, |socket| state(socket.state)).into(),
+            bytes_in: socket.map_or(0, |socket| socket.traffic.bytes_in),
+            bytes_out: socket.map_or(0, |socket| socket.traffic.bytes_out),
+        }
+    };
+    let mut connections: Vec<_> = streams.take(MAX_CONNECTIONS).map(line).collect();
+    connections.sort_by_key(|connection| (connection.pid, connection.peer, connection.local));
+    connections
 }
 
 fn one(session: &mut Session, sockets: &HashMap<u32, Socket>) -> SessionReport {

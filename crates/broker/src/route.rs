@@ -1,6 +1,7 @@
 //! Where a connection goes: what the program said, translated.
 //!
 //! ```text
+//!   an address of another guest --> nowhere (see `guest`)
 //!   127.0.0.1, ::1, 0.0.0.0, ::, own TUN address
 //!        a published listener of the session --> that listener, outside
 //!        --loopback external, not a TUN address --> the host's loopback, as it is
@@ -15,6 +16,7 @@
 //! what the host serves on its wildcard address answers there as it does on loopback, so loopback alone would
 //! protect little.
 
+use crate::guest::is_guest_address;
 use kso_core::policy::canonical;
 use kso_wire::{Family, TunAddresses};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -47,7 +49,8 @@ pub(crate) fn route(
     if ip.is_loopback() {
         return if external_loopback { Route::Outside { peer, host: false } } else { Route::Inside };
     }
-    if tun.is_guest(ip) {
+    // What goes to other guests is found before, by who can reach them.
+    if tun.is_guest(ip) || is_guest_address(ip) {
         return Route::Inside;
     }
     if tun.is_gateway(ip) && peer.port() == NAMES {

@@ -5,6 +5,7 @@ use crate::listeners::Listeners;
 use kso_core::names::{HOST_NAME, NameMemory};
 use kso_core::policy::{Decision, Policy, Reason, Target};
 use kso_provider::datagram::Ports;
+use kso_provider::stream::Holder;
 use kso_wire::{Hello, LoopbackMode, Protocol, Publication, TunAddresses};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -58,6 +59,8 @@ pub(crate) struct Session {
     /// Bound outside and not used yet: address and socket.
     pub reserved: Vec<(SocketAddr, OwnedFd)>,
     pub ports: Ports,
+    /// Who holds its sockets: its programs, or, for a guest, the device beside this broker.
+    pub holder: Holder,
     pub started: Instant,
     pub started_at: SystemTime,
     pub counts: Counts,
@@ -80,6 +83,7 @@ impl Session {
             listeners: Listeners::new().map_err(BrokerError::kernel("cannot watch listeners"))?,
             reserved: Vec::new(),
             ports: Ports::new(MAX_SENDERS),
+            holder: Holder::Program,
             started: Instant::now(),
             started_at: SystemTime::now(),
             counts: Counts::default(),

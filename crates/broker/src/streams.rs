@@ -44,41 +44,75 @@ fn stay_inside() -> Answer {
     Answer::plain(Ok(Reply::StayInside))
 }
 
-pub(crate) fn connect(
-    session: &mut Session,
-    shared: &mut Shared,
-    caller: &Caller,
-    wanted: &Connect,
-) -> Answer {
+/// Where a connection goes.
+pub(crate) enum Plan {
+    /// The client kernel's own business.
+    Inside,
+    /// A listener of the session itself: no business of policy.
+    Own(SocketAddr),
+    /// To this address, if policy permits.
+    Outside {
+        /// Translated.
+        peer: SocketAddr,
+        /// It stands for the host's loopback.
+        host: bool,
+    },
+}
+
+pub(crate) fn plan(session: &mut Session, shared: &Shared, wanted: &Connect) -> Plan {
     let ip = canonical(wanted.peer.ip());
     let port = wanted.peer.port();
     if (ip.is_loopback() || session.tun.is_guest(ip))
         && !session.listeners.is_empty()
         && let Some(target) = session.listeners.find(ip, port, wanted.family)
     {
-        // The session's own listener: no business of policy.
-        let opened = open(session, wanted, target);
-        return connected(session, shared, caller, wanted.peer, opened.map_err(Refusal::Kernel));
+        return Plan::Own(target);
     }
     let external = session.loopback == LoopbackMode::External;
     let own = |ip| shared.addresses.contains(ip);
-    let Route::Outside { peer, host } = route(wanted.peer, &session.tun, external, own) else {
-        return stay_inside();
+    match route(wanted.peer, &session.tun, external, own) {
+        Route::Inside => Plan::Inside,
+        Route::Outside { peer, host } => Plan::Outside { peer, host },
+    }
+}
+
+pub(crate) fn connect(
+    session: &mut Session,
+    shared: &mut Shared,
+    caller: &Caller,
+    wanted: &Connect,
+) -> Answer {
+    let opened = match plan(session, shared, wanted) {
+        Plan::Inside => return stay_inside(),
+        Plan::Own(target) => open(session, wanted, target).map_err(Refusal::Kernel),
+        Plan::Outside { peer, host } => permitted(session, shared, wanted, host)
+            .and_then(|()| open_outside(session, wanted, peer).map_err(Refusal::Kernel)),
     };
-    let opened = permitted(session, shared, wanted, host).and_then(|()| {
-        let socket = open(session, wanted, peer)?;
-        // Programs take host.kso.internal's IPv6 address first, and few services of a host listen on ::1.
-        let instead = SocketAddr::new(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), peer.port());
-        if session.tun.is_gateway(ip) && peer.ip() == Ipv6Addr::LOCALHOST && stream::refused_already(&socket)
-        {
-            return Ok(open(session, wanted, instead)?);
-        }
-        Ok(socket)
-    });
     connected(session, shared, caller, wanted.peer, opened)
 }
 
-fn permitted(session: &Session, shared: &Shared, wanted: &Connect, host: bool) -> Result<(), Refusal> {
+/// Opens what is permitted.
+pub(crate) fn open_outside(
+    session: &mut Session,
+    wanted: &Connect,
+    peer: SocketAddr,
+) -> Result<OwnedFd, Errno> {
+    let socket = open(session, wanted, peer)?;
+    // Programs take host.kso.internal's IPv6 address first, and few services of a host listen on ::1.
+    let instead = SocketAddr::new(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), peer.port());
+    let gateway = session.tun.is_gateway(wanted.peer.ip());
+    if gateway && peer.ip() == Ipv6Addr::LOCALHOST && stream::refused_already(&socket) {
+        return open(session, wanted, instead);
+    }
+    Ok(socket)
+}
+
+pub(crate) fn permitted(
+    session: &Session,
+    shared: &Shared,
+    wanted: &Connect,
+    host: bool,
+) -> Result<(), Refusal> {
     let (ip, port) = (wanted.peer.ip().to_canonical(), wanted.peer.port());
     session.decide(&shared.policy, ip, port, Protocol::Tcp, host).map_err(Refusal::Policy)?;
     let bound_inside = wanted.local.is_some_and(|local| local.ip().to_canonical().is_loopback());
@@ -89,12 +123,13 @@ fn permitted(session: &Session, shared: &Shared, wanted: &Connect, host: bool) -
     Ok(())
 }
 
-fn open(session: &mut Session, wanted: &Connect, peer: SocketAddr) -> Result<OwnedFd, Errno> {
+pub(crate) fn open(session: &mut Session, wanted: &Connect, peer: SocketAddr) -> Result<OwnedFd, Errno> {
     let order = Order {
         peer,
         family: wanted.family,
         port: wanted.local.map(|local| local.port()).filter(|port| *port != 0),
         options: &wanted.options,
+        holder: session.holder,
     };
     if let Some(local) = wanted.local
         && let Some(at) = reserved_at(session, local)
@@ -248,7 +283,7 @@ fn open_listener(
         None => stream::reserve(place, &wanted.options)?,
     };
     let outer = kso_provider::local_address(&socket)?;
-    if let Err(errno) = stream::listen(&socket, backlog, &wanted.options) {
+    if let Err(errno) = stream::listen(&socket, backlog, &wanted.options, session.holder) {
         if kept.is_some() {
             session.reserved.push((outer, socket));
         }

@@ -14,6 +14,7 @@
 use crate::session::Session;
 use kso_core::event::{self, Direction, Kind};
 use kso_provider::diagnostics::{self, Ends, Socket};
+use kso_provider::stream::Holder;
 use kso_wire::{Caller, Errno};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::{HashMap, HashSet};
@@ -245,6 +246,8 @@ fn listener_of(sessions: &HashMap<u64, Session>, socket: &Socket) -> Option<u64>
     };
     sessions
         .values()
+        // What comes to a guest is told by its device.
+        .filter(|session| session.holder == Holder::Program)
         .find(|session| session.listeners.known().iter().any(|one| serves(one.outer)))
         .map(|session| session.id)
 }

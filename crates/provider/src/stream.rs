@@ -5,8 +5,8 @@
 //!   socket -- options -- bind --> reserved -- options -- lock -- listen --> handed out
 //! ```
 //!
-//! Each socket is locked (`kso_sys::lock`) before it can be of any use, so that the program that gets it can
-//! use it for what was permitted and for nothing else.
+//! A socket that a program will hold is locked (`kso_sys::lock`) before it can be of any use, so that it can
+//! be used for what was permitted and for nothing else. One that stays outside needs no lock.
 
 use crate::{domain, errno, family_of};
 use kso_sys::{lock, options};
@@ -32,6 +32,17 @@ pub struct Order<'a> {
     pub port: Option<u16>,
     /// Its options.
     pub options: &'a SocketOptions,
+    /// Who will hold it.
+    pub holder: Holder,
+}
+
+/// Who holds a socket in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// A program: it is locked to what was approved.
+    Program,
+    /// The broker or a device: nobody else can do anything with it.
+    Outside,
 }
 
 fn fresh(family: Family) -> Result<OwnedFd, Errno> {
@@ -63,7 +74,7 @@ pub fn connect(order: &Order<'_>) -> Result<OwnedFd, Errno> {
     if let Some(port) = order.port {
         bind_source(&socket, order.family, port)?;
     }
-    start(&socket, order.peer)?;
+    start(&socket, order)?;
     Ok(socket)
 }
 
@@ -73,12 +84,14 @@ pub fn connect(order: &Order<'_>) -> Result<OwnedFd, Errno> {
 /// As [`connect`].
 pub fn connect_reserved(socket: &OwnedFd, order: &Order<'_>) -> Result<(), Errno> {
     apply(socket, order.options)?;
-    start(socket, order.peer)
+    start(socket, order)
 }
 
-fn start(socket: &OwnedFd, peer: SocketAddr) -> Result<(), Errno> {
-    lock::lock_to_peer(socket.as_fd(), peer).map_err(|error| kso_sys::errno::of(&error))?;
-    match rustix::net::connect(socket, &peer) {
+fn start(socket: &OwnedFd, order: &Order<'_>) -> Result<(), Errno> {
+    if order.holder == Holder::Program {
+        lock::lock_to_peer(socket.as_fd(), order.peer).map_err(|error| kso_sys::errno::of(&error))?;
+    }
+    match rustix::net::connect(socket, &order.peer) {
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(()),
         Err(error) => Err(errno(error)),
     }
@@ -140,9 +153,11 @@ pub fn reserve(place: Place, wanted: &SocketOptions) -> Result<OwnedFd, Errno> {
 ///
 /// # Errors
 /// What `listen` said.
-pub fn listen(socket: &OwnedFd, backlog: i32, wanted: &SocketOptions) -> Result<(), Errno> {
+pub fn listen(socket: &OwnedFd, backlog: i32, wanted: &SocketOptions, holder: Holder) -> Result<(), Errno> {
     apply(socket, wanted)?;
-    lock::lock_listener(socket.as_fd()).map_err(|error| kso_sys::errno::of(&error))?;
+    if holder == Holder::Program {
+        lock::lock_listener(socket.as_fd()).map_err(|error| kso_sys::errno::of(&error))?;
+    }
     rustix::net::listen(socket, backlog).map_err(errno)
 }
 
@@ -170,7 +185,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     fn order(peer: SocketAddr, family: Family, options: &SocketOptions) -> Order<'_> {
-        Order { peer, family, port: None, options }
+        Order { peer, family, port: None, options, holder: Holder::Program }
     }
 
     #[test]
@@ -212,7 +227,7 @@ mod tests {
         let socket = reserve(place, &SocketOptions::default()).unwrap();
         let address = local_address(&socket).unwrap();
         assert_eq!(trouble(address), None);
-        listen(&socket, 16, &SocketOptions::default()).unwrap();
+        listen(&socket, 16, &SocketOptions::default(), Holder::Program).unwrap();
         assert_eq!(trouble(address), Some(Errno::EADDRINUSE));
         let second = reserve(Place { address, ..place }, &SocketOptions::default());
         assert_eq!(second.unwrap_err(), Errno::EADDRINUSE);
@@ -226,7 +241,7 @@ mod tests {
         let mut options = SocketOptions::default();
         options.push(OptionName::V6Only, 0);
         let socket = reserve(place, &options).unwrap();
-        listen(&socket, 16, &options).unwrap();
+        listen(&socket, 16, &options, Holder::Program).unwrap();
         let port = local_address(&socket).unwrap().port();
         TcpStream::connect(("127.0.0.1", port)).unwrap();
         TcpStream::connect(("::1", port)).unwrap();

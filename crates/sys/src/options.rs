@@ -181,6 +181,27 @@ pub fn read(socket: BorrowedFd<'_>, defaults: &Defaults, all: bool) -> SocketOpt
     options
 }
 
+/// One option of a socket.
+///
+/// # Errors
+/// What getsockopt(2) says; `ENOPROTOOPT` for an option that this kernel does not have.
+pub fn get_one(socket: BorrowedFd<'_>, name: OptionName) -> io::Result<OptionValue> {
+    read_one(socket, find(name)?)
+}
+
+/// Sets one option.
+///
+/// # Errors
+/// As [`get_one`], setsockopt(2).
+pub fn set_one(socket: BorrowedFd<'_>, name: OptionName, value: OptionValue) -> io::Result<()> {
+    apply_one(socket, find(name)?, value)
+}
+
+fn find(name: OptionName) -> io::Result<&'static Entry> {
+    let entry = TABLE.iter().find(|entry| entry.name == name);
+    entry.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOPROTOOPT))
+}
+
 /// Sets every option. One that this kernel refuses (an unknown one, a value over its limit) is passed over:
 /// the program was told yes by its own kernel already.
 ///

@@ -105,6 +105,41 @@ pub fn tcp_state(socket: BorrowedFd<'_>) -> io::Result<u8> {
     Ok(head.to_le_bytes()[0])
 }
 
+/// `struct tcp_info`, cut to `length` bytes, or shorter if this kernel has less.
+///
+/// # Errors
+/// Not a TCP socket.
+pub fn tcp_info(socket: BorrowedFd<'_>, length: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0_u8; length];
+    let mut length = libc::socklen_t::try_from(length).unwrap_or(libc::socklen_t::MAX);
+    // SAFETY: the kernel writes at most `length` bytes into the vector, which has as many.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            bytes.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    bytes.truncate(length as usize);
+    Ok(bytes)
+}
+
+/// Bytes that were sent and not acknowledged (`SIOCOUTQ`, tcp(7)).
+///
+/// # Errors
+/// Not a TCP socket, or a listener.
+pub fn out_queue(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes one int (TIOCOUTQ is SIOCOUTQ by another name).
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
+}
+
 /// The bytes of a socket address as the kernel takes them, and their number.
 #[must_use]
 pub fn address_to_raw(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {

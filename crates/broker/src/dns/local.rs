@@ -1,6 +1,7 @@
 //! Answers that are made here.
 
 use super::{hosts, text};
+use crate::guest::GUESTS;
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::opt::EdnsOption;
 use hickory_proto::rr::rdata::{A, AAAA, PTR};
@@ -24,6 +25,8 @@ pub(crate) struct Known<'a> {
     pub tun: &'a TunAddresses,
     pub names: &'a NameMemory,
     pub hosts: &'a str,
+    /// The address of the guest that the question names.
+    pub guest: Option<Ipv4Addr>,
 }
 
 /// The query in a message; else the answer to what is none, if it deserves one.
@@ -125,6 +128,13 @@ pub(crate) fn answer(query: &Message, known: Known<'_>) -> Option<Vec<u8>> {
     if name.eq_ignore_ascii_case(HOST_NAME) {
         return Some(addresses(query, &known.tun.gateway));
     }
+    if let Some(guest) = known.guest {
+        return Some(addresses(query, &[guest.into()]));
+    }
+    if name.to_ascii_lowercase().ends_with(GUESTS) {
+        // Nobody else's business: it is not asked outside.
+        return Some(bytes_of(&empty(query, ResponseCode::NXDomain)));
+    }
     match known.names.addresses_of(&name) {
         [] => None,
         found => Some(addresses(query, found)),
@@ -174,7 +184,8 @@ mod tests {
         let mut names = NameMemory::new(1);
         let hosts = "192.0.2.7 db.example\n";
         names.load_hosts(hosts);
-        let known = Known { tun: &TunAddresses::standard(), names: &names, hosts };
+        let guest = (name == "web.kso.internal.").then_some(Ipv4Addr::new(198, 19, 0, 1));
+        let known = Known { tun: &TunAddresses::standard(), names: &names, hosts, guest };
         let query = query(name, record);
         let bytes = localhost(&query).or_else(|| answer(&query, known))?;
         let answer = Message::from_vec(&bytes).unwrap();
@@ -198,6 +209,10 @@ mod tests {
         assert!(data("db.example.", RecordType::AAAA).is_empty());
         assert_eq!(data("7.2.0.192.in-addr.arpa.", RecordType::PTR), ["db.example."]);
         assert_eq!(data("1.0.18.198.in-addr.arpa.", RecordType::PTR), ["host.kso.internal."]);
+        assert_eq!(data("web.kso.internal.", RecordType::A), ["198.19.0.1"]);
+        assert!(data("web.kso.internal.", RecordType::AAAA).is_empty());
+        let nobody = ask("nobody.kso.internal.", RecordType::A).unwrap();
+        assert_eq!(nobody.metadata.response_code, ResponseCode::NXDomain);
         assert!(ask("other.example.", RecordType::A).is_none());
         assert!(ask("8.2.0.192.in-addr.arpa.", RecordType::PTR).is_none());
     }
