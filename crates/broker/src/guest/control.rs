@@ -3,7 +3,7 @@
 use super::{Call, MAX_ORDERS, MAX_OUTPUT, Order};
 use crate::broker::Broker;
 use crate::streams::release;
-use kso_devices::vsock::GuestId;
+use kso_devices::vsock::{End, GuestId};
 use kso_wire::frame::Frames;
 use kso_wire::guest::{GuestReply, GuestRequest, ToGuest, ToHost};
 use kso_wire::{Caller, Errno, Failure, VERSION, Welcome};
@@ -28,8 +28,9 @@ impl Broker {
     fn message(&mut self, id: GuestId, message: ToHost) -> Result<(), String> {
         let Some(guest) = self.guests.all.get_mut(&id) else { return Ok(()) };
         match message {
-            ToHost::Hello { version } if !guest.welcomed => {
+            ToHost::Hello { version, datagram_segments } if !guest.welcomed => {
                 guest.welcomed = true;
+                guest.datagram_segments = datagram_segments;
                 if version == VERSION {
                     let welcome = Welcome { version, session: guest.session.0 };
                     guest.tell(&ToGuest::Welcome(welcome));
@@ -47,6 +48,15 @@ impl Broker {
             _ if !guest.welcomed => Err("it did not say hello".into()),
             ToHost::Prepare(prepare) => {
                 guest.prepared.insert(prepare);
+                Ok(())
+            }
+            ToHost::Abandon { local_port } => {
+                guest.prepared.take(local_port);
+                if let Some(key) = guest.connecting.remove(&local_port) {
+                    let end = End { bytes_out: 0, bytes_in: 0, errno: Some(Errno::ECONNABORTED) };
+                    self.forget_stream(id, key, Some(end));
+                    self.guests.order(Order::Abandon(id, key));
+                }
                 Ok(())
             }
             ToHost::Ask { id: ask, caller, request } => {

@@ -6,7 +6,7 @@ use crate::broker::Broker;
 use crate::streams::listen;
 use kso_core::policy::canonical;
 use kso_devices::vsock::GuestId;
-use kso_wire::guest::{FIRST_PSEUDO_CID, GuestReply, LAST_PSEUDO_CID, StreamKey, ToGuest, cid_of};
+use kso_wire::guest::{FIRST_NAMED_CID, GuestReply, LAST_PSEUDO_CID, StreamKey, ToGuest, cid_of};
 use kso_wire::{Caller, Errno, Failure, Listen, Reply};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::SocketFlags;
@@ -90,7 +90,7 @@ impl Guests {
         for _ in 0..=super::MAX_STREAMS {
             let peer_cid = guest.next_pseudo_cid;
             guest.next_pseudo_cid =
-                if peer_cid + 1 >= LAST_PSEUDO_CID { FIRST_PSEUDO_CID } else { peer_cid + 1 };
+                if peer_cid + 1 >= LAST_PSEUDO_CID { FIRST_NAMED_CID } else { peer_cid + 1 };
             let key = StreamKey { local_port, peer_cid, peer_port };
             if !guest.streams.contains_key(&key) {
                 return Some((key, true));

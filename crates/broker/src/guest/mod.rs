@@ -56,10 +56,24 @@ pub enum Order {
     Dial(GuestId, StreamKey, OwnedFd),
     /// Give [`Broker::answer_call`] the socket of a stream.
     Call(GuestId, Call),
+    /// The guest gave up this connection, which is under way: close it.
+    Abandon(GuestId, StreamKey),
     /// Bytes wait on the guest's control stream.
     Flush(GuestId),
     /// Drop all that the guest has: it broke the rules.
     Drop(GuestId),
+}
+
+impl Order {
+    fn guest(&self) -> GuestId {
+        match self {
+            Self::Dial(guest, ..)
+            | Self::Call(guest, _)
+            | Self::Abandon(guest, _)
+            | Self::Flush(guest)
+            | Self::Drop(guest) => *guest,
+        }
+    }
 }
 
 /// What a guest asked about a stream.
@@ -86,6 +100,10 @@ pub(crate) struct Guest {
     prepared: Prepared,
     services: HashMap<u32, OwnedFd>,
     streams: HashMap<StreamKey, Stream>,
+    /// Those under way outwards, by the guest's port.
+    connecting: HashMap<u32, StreamKey>,
+    /// Its TUN takes several datagrams as one packet.
+    datagram_segments: bool,
     next_pseudo_cid: u32,
     next_port: u16,
 }
@@ -121,6 +139,7 @@ impl Guest {
         self.dropped = false;
         self.prepared = Prepared::default();
         self.streams.clear();
+        self.connecting.clear();
     }
 }
 
@@ -185,7 +204,9 @@ impl Broker {
             prepared: Prepared::default(),
             services: HashMap::new(),
             streams: HashMap::new(),
-            next_pseudo_cid: kso_wire::guest::FIRST_PSEUDO_CID,
+            connecting: HashMap::new(),
+            datagram_segments: false,
+            next_pseudo_cid: kso_wire::guest::FIRST_NAMED_CID,
             next_port: FIRST_PORT,
         };
         self.guests.all.insert(guest, new);
@@ -213,9 +234,27 @@ impl Broker {
         self.guests.all.get(&guest).map(|guest| guest.session)
     }
 
+    /// Whether a guest's TUN takes several UDP datagrams of a flow as one packet.
+    #[must_use]
+    pub fn takes_segments(&self, guest: GuestId) -> bool {
+        self.guests.all.get(&guest).is_some_and(|guest| guest.datagram_segments)
+    }
+
     /// The next thing for the device to do, if there is one.
     pub fn next_order(&mut self) -> Option<Order> {
-        self.guests.orders.pop_front()
+        loop {
+            let order = self.guests.orders.pop_front()?;
+            // A new connection of the same name has taken the place of what was given up.
+            let replaced = match &order {
+                Order::Abandon(guest, key) => {
+                    self.guests.all.get(guest).is_some_and(|guest| guest.streams.contains_key(key))
+                }
+                _ => false,
+            };
+            if !replaced {
+                return Some(order);
+            }
+        }
     }
 
     /// Closes what a guest has; its session goes on.
@@ -226,11 +265,7 @@ impl Broker {
             self.forget_stream(guest, stream, None);
         }
         self.unlisten_all(guest);
-        self.guests.orders.retain(|order| match order {
-            Order::Dial(other, ..) | Order::Call(other, _) | Order::Flush(other) | Order::Drop(other) => {
-                *other != guest
-            }
-        });
+        self.guests.orders.retain(|order| order.guest() != guest);
         if let Some(guest) = self.guests.all.get_mut(&guest) {
             guest.reset();
         }

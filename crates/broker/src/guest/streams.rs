@@ -177,6 +177,7 @@ impl Broker {
         let mut record = Stream::new(State::Connecting { announced }, Direction::Out, caller, wanted.peer);
         match opened {
             Ok(Opened::Socket(socket)) => {
+                guest.connecting.insert(stream.local_port, stream);
                 guest.streams.insert(stream, record.with_socket(socket.as_fd()));
                 Verdict::Socket(socket)
             }
@@ -185,6 +186,7 @@ impl Broker {
                 let from = IpAddr::V4(guest.address);
                 record.local = u16::try_from(key.peer_port).ok().map(|port| SocketAddr::new(from, port));
                 let local = record.local;
+                guest.connecting.insert(stream.local_port, stream);
                 guest.streams.insert(stream, record);
                 if let (Some(peer), Some(other)) = (local, self.guests.all.get_mut(&other)) {
                     let state = State::Connecting { announced: false };
@@ -282,6 +284,7 @@ impl Broker {
         let before = std::mem::replace(&mut stream.state, State::Open);
         match before {
             State::Connecting { announced } => {
+                guest.connecting.remove(&key.local_port);
                 if let Some(socket) = socket {
                     stream.local = kso_sys::local_address(socket).ok().and_then(|address| match address {
                         kso_sys::RawAddress::Inet(address) => Some(address),
@@ -360,6 +363,9 @@ impl Broker {
     pub(super) fn forget_stream(&mut self, id: GuestId, key: StreamKey, end: Option<End>) {
         let Some(guest) = self.guests.all.get_mut(&id) else { return };
         let Some(stream) = guest.streams.remove(&key) else { return };
+        if guest.connecting.get(&key.local_port) == Some(&key) {
+            guest.connecting.remove(&key.local_port);
+        }
         if let State::Dialled { listener, .. } = stream.state
             && let Some(listener) = self.guests.listeners.get_mut(&listener)
         {
