@@ -39,11 +39,11 @@ pub enum InitramfsError {
     },
 }
 
-/// The initramfs for this kernel and this build of kso: from the cache, or made and put there.
+/// The initramfs for this kernel and this build of kso, with these modules too: from the cache, or made and put there.
 ///
 /// # Errors
 /// See [`InitramfsError`].
-pub fn compose(kernel: &Kernel, kind: MachineKind) -> Result<PathBuf, InitramfsError> {
+pub fn compose(kernel: &Kernel, kind: MachineKind, modules: &[String]) -> Result<PathBuf, InitramfsError> {
     let failed = |path: &Path, source| InitramfsError::Io { path: path.to_owned(), source };
     let directory =
         cache::directory().map_err(|source| failed(Path::new("the cache"), source))?.join("initramfs");
@@ -54,16 +54,18 @@ pub fn compose(kernel: &Kernel, kind: MachineKind) -> Result<PathBuf, InitramfsE
         kind.name().as_bytes(),
         identity(&kernel.modules).as_bytes(),
         identity(own).as_bytes(),
+        modules.join(" ").as_bytes(),
     ]);
     let path = directory.join(format!("{}-{key}.cpio", kernel.release));
     if path.exists() {
         return Ok(path);
     }
-    let modules = |source| InitramfsError::Modules { release: kernel.release.clone(), source };
-    let index = Index::read(&kernel.modules).map_err(modules)?;
+    let unusable = |source| InitramfsError::Modules { release: kernel.release.clone(), source };
+    let index = Index::read(&kernel.modules).map_err(unusable)?;
     let mut wanted = vec![kind.transport()];
     wanted.extend(NEEDED);
     wanted.extend(WELCOME.iter().filter(|name| index.has(name)));
+    wanted.extend(modules.iter().map(String::as_str));
     let mut archive = Archive::default();
     archive.directory("dev", 0o755);
     archive.device("dev/console", 0o600, (5, 1));
@@ -71,7 +73,7 @@ pub fn compose(kernel: &Kernel, kind: MachineKind) -> Result<PathBuf, InitramfsE
     archive.file("init", 0o755, &elf::strip(program));
     archive.directory("modules", 0o755);
     // Numbered as they are to be loaded.
-    for (number, module) in index.load(&wanted).map_err(modules)?.iter().enumerate() {
+    for (number, module) in index.load(&wanted).map_err(unusable)?.iter().enumerate() {
         archive.file(&format!("modules/{number:02}-{}.ko", module.name), 0o644, &module.object);
     }
     cache::write(&path, &archive.finish()).map_err(|source| failed(&directory, source))?;

@@ -283,6 +283,7 @@ mod tests {
             vsock: None,
             file_systems: vec![],
             append: vec![],
+            arguments: vec![],
             talkative: false,
         };
         let error = Machine::start(&config).unwrap_err();

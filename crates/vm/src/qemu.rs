@@ -105,12 +105,15 @@ pub struct MachineConfig {
     pub file_systems: Vec<FileSystem>,
     /// More words for the kernel's command line. Those with a dot before any `=` that no module has are for init.
     pub append: Vec<String>,
+    /// More words for QEMU itself, last on its command line: an expert's devices.
+    pub arguments: Vec<OsString>,
     /// The kernel tells of its start on the console.
     pub talkative: bool,
 }
 
 impl MachineConfig {
-    /// A machine of this kernel with 512 MiB and one processor, and no devices yet.
+    /// A machine of this kernel with 512 MiB and one processor, and no devices yet. Its init loads what kso needs and
+    /// `modules`, for devices of [`Self::arguments`].
     ///
     /// # Errors
     /// The initramfs cannot be made.
@@ -118,11 +121,12 @@ impl MachineConfig {
         kernel: &crate::Kernel,
         kind: MachineKind,
         accelerator: Accelerator,
+        modules: &[String],
     ) -> Result<Self, InitramfsError> {
         Ok(Self {
             qemu: PathBuf::from(default_qemu()),
             kernel: kernel.image.clone(),
-            initramfs: crate::initramfs::compose(kernel, kind)?,
+            initramfs: crate::initramfs::compose(kernel, kind, modules)?,
             kind,
             accelerator,
             memory: 512,
@@ -130,6 +134,7 @@ impl MachineConfig {
             vsock: None,
             file_systems: Vec::new(),
             append: Vec::new(),
+            arguments: Vec::new(),
             talkative: false,
         })
     }
@@ -210,6 +215,9 @@ pub(crate) fn arguments(config: &MachineConfig, tsc_khz: Option<u64>) -> Vec<OsS
         device.push(tag);
         words.pair("-device", device);
     }
+    for word in &config.arguments {
+        words.single(word);
+    }
     words.0
 }
 
@@ -281,6 +289,7 @@ mod tests {
                 queues: 1,
             }],
             append: vec!["kso.test".into()],
+            arguments: vec!["-device".into(), "virtio-net-device".into()],
             talkative: false,
         }
     }
@@ -302,6 +311,7 @@ mod tests {
             "-device vhost-user-fs-device,chardev=fs0,num-request-queues=1,queue-size=1024,tag=root",
             "quiet tsc=reliable tsc_early_khz=2600000 kso.test",
             "-initrd /i,cpio",
+            "tag=root -device virtio-net-device",
         ] {
             assert!(line.contains(part), "{part} in {line}");
         }
