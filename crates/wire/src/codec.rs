@@ -109,10 +109,12 @@ impl Bounded for guest::ToGuest {
 impl Bounded for job::ToInit {
     fn over_bound(&self) -> Option<&'static str> {
         match self {
-            Self::Start(start) => [start.command.len(), start.environment.len(), start.mounts.len()]
-                .iter()
-                .any(|&count| count > job::MAX_WORDS)
-                .then_some("words"),
+            Self::Start(start) => {
+                [start.command.len(), start.environment.len(), start.mounts.len(), start.inside.len()]
+                    .iter()
+                    .any(|&count| count > job::MAX_WORDS)
+                    .then_some("words")
+            }
             _ => None,
         }
     }

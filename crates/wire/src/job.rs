@@ -12,7 +12,7 @@
 //!     | -- Ended -----------------------> |      once its output is on its way
 //! ```
 
-use crate::{LoopbackMode, Publication, TunAddresses};
+use crate::{LoopbackMode, Network, Publication, TunAddresses};
 use serde::{Deserialize, Serialize};
 
 /// Most words of a command line, variables of an environment, or mounts.
@@ -70,6 +70,8 @@ pub struct Start {
     pub publish: Vec<Publication>,
     /// Where loopback is.
     pub loopback: LoopbackMode,
+    /// Connections to these stay inside: networks of NICs that the guest has beside kso's.
+    pub inside: Vec<Network>,
     /// io_uring is permitted.
     pub io_uring: bool,
     /// Limit of open files, soft and hard.

@@ -15,10 +15,12 @@ pub mod guest;
 pub mod job;
 pub mod link;
 pub mod message;
+pub mod network;
 pub mod options;
 
 pub use codec::{CodecError, MAX_MESSAGE, VERSION, decode, encode};
 pub use errno::Errno;
 pub use link::{Answer, BrokerLink, Submitted};
 pub use message::*;
+pub use network::Network;
 pub use options::{CONGESTION_CONTROLS, OptionName, OptionValue, SocketOption, SocketOptions};
