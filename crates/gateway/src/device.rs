@@ -1,5 +1,6 @@
-//! The TUN as a place to read and write packets, with or without virtio-net headers.
+//! The place to read and write packets, with or without virtio-net headers: a sandbox's TUN, or a stream of a guest's.
 
+use crate::framed::Framed;
 use crate::packet::checksum::Sum;
 use crate::packet::ip::{self, MAX_PACKET, header_length};
 use crate::packet::transport::{TCP_CHECKSUM, UDP_CHECKSUM, UDP_HEADER, udp_header};
@@ -19,8 +20,11 @@ const HEADS: usize = 1;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Device {
-    tun: Tun,
+pub enum Device {
+    /// A TUN of this kernel.
+    Tun(Tun),
+    /// One of another kernel.
+    Framed(Framed),
 }
 
 /// Consecutive datagrams of one flow and one size, to be written as one packet.
@@ -87,42 +91,52 @@ impl<'a> Train<'a> {
 }
 
 impl Device {
-    /// On this TUN.
-    #[must_use]
-    pub fn new(tun: Tun) -> Self {
-        Self { tun }
-    }
-
     /// Packets begin with a virtio-net header.
     #[must_use]
     pub fn has_vnet_header(&self) -> bool {
-        self.tun.has_vnet_header()
+        match self {
+            Self::Tun(tun) => tun.has_vnet_header(),
+            Self::Framed(_) => true,
+        }
     }
 
     /// Several datagrams can be written as one packet.
     #[must_use]
     pub fn joins(&self) -> bool {
-        self.tun.segments_datagrams()
+        match self {
+            Self::Tun(tun) => tun.segments_datagrams(),
+            Self::Framed(framed) => framed.segments(),
+        }
     }
 
     /// Reads a packet.
     ///
     /// # Errors
     /// `EWOULDBLOCK` when there is none.
-    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let tun = match self {
+            Self::Tun(tun) => tun,
+            Self::Framed(framed) => return framed.read(buffer),
+        };
         loop {
-            match rustix::io::read(&self.tun, &mut *buffer) {
+            match rustix::io::read(&*tun, &mut *buffer) {
                 Err(rustix::io::Errno::INTR) => {}
                 done => return Ok(done?),
             }
         }
     }
 
+    /// Whether a packet can be read of which the descriptor does not tell.
+    #[must_use]
+    pub fn has_packet(&self) -> bool {
+        matches!(self, Self::Framed(framed) if framed.has_packet())
+    }
+
     /// Writes a packet whose checksums are right.
     ///
     /// # Errors
     /// It is lost: the device is down, or there is no memory.
-    pub fn write(&self, packet: &[u8]) -> io::Result<()> {
+    pub fn write(&mut self, packet: &[u8]) -> io::Result<()> {
         if self.has_vnet_header() {
             self.write_slices(&[IoSlice::new(&vnet::plain()), IoSlice::new(packet)])
         } else {
@@ -134,7 +148,7 @@ impl Device {
     ///
     /// # Errors
     /// As [`Self::write`].
-    pub fn write_tcp(&self, packet: &mut [u8]) -> io::Result<()> {
+    pub fn write_tcp(&mut self, packet: &mut [u8]) -> io::Result<()> {
         if !self.has_vnet_header() {
             return self.write(packet);
         }
@@ -152,7 +166,12 @@ impl Device {
     ///
     /// # Errors
     /// As [`Self::write`].
-    pub fn write_train(&self, from: SocketAddr, to: SocketAddr, train: &mut Train<'_>) -> io::Result<usize> {
+    pub fn write_train(
+        &mut self,
+        from: SocketAddr,
+        to: SocketAddr,
+        train: &mut Train<'_>,
+    ) -> io::Result<usize> {
         let Train { count, bytes, datagrams, unit, traffic_class, .. } = *train;
         if datagrams <= 1 || self.joins() {
             let segment = if datagrams > 1 { u16::try_from(unit).ok() } else { None };
@@ -173,7 +192,7 @@ impl Device {
     ///
     /// # Errors
     /// As [`Self::write`].
-    pub fn write_payload(&self, from: SocketAddr, to: SocketAddr, payload: &[u8]) -> io::Result<()> {
+    pub fn write_payload(&mut self, from: SocketAddr, to: SocketAddr, payload: &[u8]) -> io::Result<()> {
         let mut slices = [IoSlice::new(&[]), IoSlice::new(payload)];
         self.write_datagram(from, to, 0, payload.len(), None, &mut slices)
     }
@@ -183,7 +202,7 @@ impl Device {
     /// # Errors
     /// As [`Self::write`].
     pub fn write_error(
-        &self,
+        &mut self,
         cause: icmp::Cause,
         offender: IpAddr,
         quoted: &icmp::Quoted<'_>,
@@ -198,7 +217,7 @@ impl Device {
 
     /// Slices of payload, with a place before them for the headers.
     fn write_datagram<'a>(
-        &self,
+        &mut self,
         from: SocketAddr,
         to: SocketAddr,
         traffic_class: u8,
@@ -235,9 +254,13 @@ impl Device {
         self.write_slices(all.get(..slices.len()).unwrap_or_default())
     }
 
-    fn write_slices(&self, slices: &[IoSlice<'_>]) -> io::Result<()> {
+    fn write_slices(&mut self, slices: &[IoSlice<'_>]) -> io::Result<()> {
+        let tun = match self {
+            Self::Tun(tun) => tun,
+            Self::Framed(framed) => return framed.write(slices),
+        };
         loop {
-            match rustix::io::writev(&self.tun, slices) {
+            match rustix::io::writev(&*tun, slices) {
                 Err(rustix::io::Errno::INTR) => {}
                 done => return Ok(done.map(|_| ())?),
             }
@@ -247,7 +270,10 @@ impl Device {
 
 impl AsFd for Device {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.tun.as_fd()
+        match self {
+            Self::Tun(tun) => tun.as_fd(),
+            Self::Framed(framed) => framed.as_fd(),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::datagrams::Datagrams;
 use crate::device::{Device, MAX_READ};
 use crate::echoes::Echoes;
+use crate::framed::Framed;
 use crate::ingress::{Arrival, Ingress};
 use crate::outgoing::Outgoing;
 use crate::pace::Pace;
@@ -88,6 +89,8 @@ pub struct Gateway {
     ended: Option<Instant>,
     pub(crate) at_once: bool,
     hot: Hot,
+    /// The device is watched for room to write.
+    awaits_room: bool,
 }
 
 impl Gateway {
@@ -96,7 +99,25 @@ impl Gateway {
     /// # Errors
     /// It is not one, or there are too many open files.
     pub fn new(tun: OwnedFd, config: GatewayConfig) -> Result<Self, GatewayError> {
-        let device = Device::new(Tun::from_fd(tun).map_err(GatewayError::Tun)?);
+        Self::on(Device::Tun(Tun::from_fd(tun).map_err(GatewayError::Tun)?), config)
+    }
+
+    /// Takes a stream of a guest's packets: frames of `kso_wire::frame`, each a virtio-net header and a packet.
+    ///
+    /// # Errors
+    /// It is no stream, or there are too many open files.
+    pub fn framed(stream: OwnedFd, config: GatewayConfig) -> Result<Self, GatewayError> {
+        Self::on(Device::Framed(Framed::new(stream).map_err(GatewayError::Tun)?), config)
+    }
+
+    /// Whether the guest's TUN takes several UDP datagrams of a flow as one packet. Until it is told, it does not.
+    pub fn set_segments(&mut self, segments: bool) {
+        if let Device::Framed(framed) = &mut self.device {
+            framed.set_segments(segments);
+        }
+    }
+
+    fn on(device: Device, config: GatewayConfig) -> Result<Self, GatewayError> {
         let watch = Watch::new().map_err(|error| GatewayError::Tun(error.into()))?;
         watch.add(&device, Source::Tun).map_err(|error| GatewayError::Tun(error.into()))?;
         Ok(Self {
@@ -115,6 +136,7 @@ impl Gateway {
             ended: None,
             at_once: false,
             hot: Hot::default(),
+            awaits_room: false,
         })
     }
 
@@ -142,6 +164,9 @@ impl Gateway {
         for (source, state) in &ready {
             match *source {
                 Source::Tun => {
+                    if let Device::Framed(framed) = &mut self.device {
+                        framed.flush();
+                    }
                     self.read_tun(now, link);
                 }
                 Source::Flow(token) => {
@@ -159,6 +184,7 @@ impl Gateway {
         self.watch.done(ready);
         self.at_once = false;
         self.linger(now, link);
+        self.watch_device();
         self.ended = Some(Instant::now());
     }
 
@@ -184,6 +210,10 @@ impl Gateway {
     /// When [`Self::expire`] has something to do.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
+        // The descriptor does not tell of packets that were read with others.
+        if self.device.has_packet() {
+            return Some(Instant::now());
+        }
         [
             self.datagrams.next_deadline(),
             self.echoes.next_deadline(),
@@ -201,6 +231,22 @@ impl Gateway {
         self.expire_echoes(now, link);
         self.expire_streams(now, link);
         self.ingress.expire(now);
+        if self.device.has_packet() {
+            self.read_tun(now, link);
+        }
+        self.watch_device();
+    }
+
+    /// Has the loop tell when there is room again for a guest's packets, and nothing once it is gone.
+    fn watch_device(&mut self) {
+        let Device::Framed(framed) = &self.device else { return };
+        if framed.is_closed() {
+            self.watch.remove(framed);
+        } else if framed.is_waiting() != self.awaits_room
+            && self.watch.watch_room(framed, Source::Tun, framed.is_waiting()).is_ok()
+        {
+            self.awaits_room = framed.is_waiting();
+        }
     }
 
     /// Asks the broker. An answer that is there at once is returned.

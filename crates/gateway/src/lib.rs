@@ -24,6 +24,7 @@ mod device;
 mod dns;
 mod echoes;
 mod errors;
+mod framed;
 mod gateway;
 mod ingress;
 mod outgoing;

@@ -110,6 +110,21 @@ impl Watch {
         )
     }
 
+    /// Watches for something to read, and for room to write if it is wanted.
+    ///
+    /// # Errors
+    /// It is not watched.
+    pub fn watch_room(&self, descriptor: impl AsFd, source: Source, wanted: bool) -> Result<(), Errno> {
+        let room = if wanted { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
+        let data = epoll::EventData::new_u64(source.to_bits());
+        epoll::modify(&self.epoll, descriptor, data, epoll::EventFlags::IN | room)
+    }
+
+    /// Watches it no more.
+    pub fn remove(&self, descriptor: impl AsFd) {
+        let _ = epoll::delete(&self.epoll, descriptor);
+    }
+
     /// Watches for changes in both directions.
     ///
     /// # Errors

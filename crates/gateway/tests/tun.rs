@@ -46,6 +46,48 @@ fn datagrams_of_every_size_and_both_families() {
 }
 
 #[test]
+fn another_kernels_packets_come_as_frames() {
+    let world = World::framed();
+    for (own, peer) in PEERS {
+        world.udp_echo(&world.peer, peer);
+        let socket = world.udp(&world.guest, own);
+        socket.connect(peer).unwrap();
+        for length in [1, 0, 1472, 1473, 9000, 65_507] {
+            echoed(&socket, length);
+        }
+        // Many at once: more than one read of the stream gives.
+        for _ in 0..60 {
+            socket.send(&[7; 1000]).unwrap();
+        }
+        let mut buffer = [0; 2000];
+        let came = (0..60).take_while(|_| socket.recv(&mut buffer).is_ok()).count();
+        assert!(came > 50, "{came} of 60");
+    }
+    let listener = world.listener(&world.peer, "10.9.0.2:8000");
+    let mut stream = within(&world.guest, || TcpStream::connect("10.9.0.2:8000").unwrap());
+    let (mut accepted, _) = listener.accept().unwrap();
+    let sent = pattern(3_000_000);
+    let (mut sender, copy) = (stream.try_clone().unwrap(), sent.clone());
+    let thread = std::thread::spawn(move || sender.write_all(&copy).unwrap());
+    let mut read = vec![0; sent.len()];
+    accepted.read_exact(&mut read).unwrap();
+    assert!(read == sent);
+    thread.join().unwrap();
+    accepted.write_all(&sent).unwrap();
+    stream.read_exact(&mut read).unwrap();
+    assert!(read == sent);
+    assert_eq!(
+        run(&format!(
+            "ip netns exec {} ping -qc 3 -i 0.05 10.9.0.2 | grep -c ' 0% packet loss'",
+            world.guest
+        ))
+        .trim(),
+        "1"
+    );
+    assert_eq!(world.stats().malformed, 0);
+}
+
+#[test]
 fn fragments_both_ways() {
     let world = World::new();
     run(&format!("ip -n {} link set kso0 mtu 1400", world.guest));

@@ -70,6 +70,16 @@ impl Frames {
         Ok(Some(frame))
     }
 
+    /// Whether [`Self::next_bytes`] has something to say.
+    #[must_use]
+    pub fn has_frame(&self) -> bool {
+        let rest = self.bytes.get(self.start..).unwrap_or_default();
+        rest.split_first_chunk::<HEADER>().is_some_and(|(length, rest)| {
+            let length = usize::try_from(u32::from_le_bytes(*length)).unwrap_or(usize::MAX);
+            length > MAX_FRAME || length <= rest.len()
+        })
+    }
+
     /// The next whole message, if there is one.
     ///
     /// # Errors

@@ -131,7 +131,7 @@ impl Gateway {
             return self.serve_stream(token, Some(packet), now, link);
         }
         if segment == Segment::Other || packet.len() > MAX_SYN || self.streams.table.is_full() {
-            return self.streams.stack.refuse(&self.device, packet, now);
+            return self.streams.stack.refuse(&mut self.device, packet, now);
         }
         if self.addresses.is_gateway(peer.ip()) && peer.port() == queries::PORT {
             return self.open_names(key, packet, now, link);
@@ -188,7 +188,7 @@ impl Gateway {
     fn refuse_stream(&mut self, token: Token, cause: Option<Cause>, now: Instant) {
         let Some(stream) = self.streams.remove(token) else { return };
         let (Phase::Asking { syn, .. } | Phase::Connecting { syn, .. }) = stream.phase else { return };
-        let Some(cause) = cause else { return self.streams.stack.refuse(&self.device, &syn, now) };
+        let Some(cause) = cause else { return self.streams.stack.refuse(&mut self.device, &syn, now) };
         let Ok(header) = Header::parse(&syn) else { return };
         // Eight bytes of the TCP header are quoted at least: ports and sequence number.
         let quoted = Quoted {
@@ -286,12 +286,12 @@ impl Gateway {
                 // The SYN again: the first is being seen to.
                 Phase::Asking { .. } | Phase::Connecting { .. } => return,
                 Phase::Open { end, outside } => {
-                    stack.poll(&self.device, end, packet.take(), now);
+                    stack.poll(&mut self.device, end, packet.take(), now);
                     let moved = outside.relay(end);
                     (end, moved)
                 }
                 Phase::Names { end, names } => {
-                    stack.poll(&self.device, end, packet.take(), now);
+                    stack.poll(&mut self.device, end, packet.take(), now);
                     let mut asked = Vec::new();
                     let moved = names.relay(end, |query| asked.push(query));
                     if !asked.is_empty() {
@@ -301,7 +301,7 @@ impl Gateway {
                     (end, moved)
                 }
             };
-            let due = stack.poll(&self.device, end, None, now);
+            let due = stack.poll(&mut self.device, end, None, now);
             match moved {
                 Moved::Over => {
                     self.streams.remove(token);
@@ -350,11 +350,11 @@ impl Gateway {
                 Phase::Open { mut end, outside } => {
                     outside.abort();
                     end.socket().abort();
-                    self.streams.stack.poll(&self.device, &mut end, None, now);
+                    self.streams.stack.poll(&mut self.device, &mut end, None, now);
                 }
                 Phase::Names { mut end, .. } => {
                     end.socket().abort();
-                    self.streams.stack.poll(&self.device, &mut end, None, now);
+                    self.streams.stack.poll(&mut self.device, &mut end, None, now);
                 }
                 Phase::Asking { .. } | Phase::Connecting { .. } => {}
             }

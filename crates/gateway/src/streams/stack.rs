@@ -100,7 +100,7 @@ impl Stack {
     /// Gives a stream its packet, if there is one, and sends what it has to say. Tells when to come back.
     pub fn poll(
         &mut self,
-        device: &Device,
+        device: &mut Device,
         end: &mut End,
         packet: Option<&[u8]>,
         now: Instant,
@@ -115,7 +115,7 @@ impl Stack {
     }
 
     /// Answers a packet that belongs to no stream.
-    pub fn refuse(&mut self, device: &Device, packet: &[u8], now: Instant) {
+    pub fn refuse(&mut self, device: &mut Device, packet: &[u8], now: Instant) {
         let time = self.time(now);
         let mut port = Port {
             packet: Some(packet),
@@ -141,7 +141,7 @@ fn seed() -> u64 {
 /// The TUN for the time of one packet.
 struct Port<'a> {
     packet: Option<&'a [u8]>,
-    device: Option<&'a Device>,
+    device: Option<&'a mut Device>,
     scratch: &'a mut Vec<u8>,
     checksums: bool,
 }
@@ -149,7 +149,7 @@ struct Port<'a> {
 struct Incoming<'a>(&'a [u8]);
 
 struct Sending<'a> {
-    device: Option<&'a Device>,
+    device: Option<&'a mut Device>,
     scratch: &'a mut Vec<u8>,
 }
 
@@ -188,11 +188,11 @@ impl phy::Device for Port<'_> {
 
     fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Incoming<'_>, Sending<'_>)> {
         let packet = self.packet.take()?;
-        Some((Incoming(packet), Sending { device: self.device, scratch: self.scratch }))
+        Some((Incoming(packet), Sending { device: self.device.as_deref_mut(), scratch: self.scratch }))
     }
 
     fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Sending<'_>> {
-        Some(Sending { device: self.device, scratch: self.scratch })
+        Some(Sending { device: self.device.as_deref_mut(), scratch: self.scratch })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {

@@ -79,8 +79,17 @@ impl World {
         Self::with(GatewayConfig::default(), false)
     }
 
+    /// The TUN is another kernel's, and its packets come as frames.
+    pub fn framed() -> Self {
+        Self::build(GatewayConfig::default(), false, true)
+    }
+
     /// `late`: the broker answers later.
     pub fn with(config: GatewayConfig, late: bool) -> Self {
+        Self::build(config, late, false)
+    }
+
+    fn build(config: GatewayConfig, late: bool, framed: bool) -> Self {
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = |role: &str| format!("ksogw-{}-{number}-{role}", std::process::id());
         let (guest, host, peer, far) = (name("guest"), name("host"), name("peer"), name("far"));
@@ -116,7 +125,12 @@ impl World {
         let (ready, started) = channel();
         let thread = std::thread::spawn(move || {
             enter(&namespace);
-            drive(tun, config, late, &control, &woken, &ready);
+            let gateway = if framed {
+                Gateway::framed(frames_of(tun), config.clone()).unwrap()
+            } else {
+                Gateway::new(tun, config.clone()).unwrap()
+            };
+            drive(gateway, config, late, &control, &woken, &ready);
         });
         started.recv().expect("the gateway has started");
         Self { guest, host, peer, far, stop: Some(stop), thread: Some(thread), wake }
@@ -179,16 +193,45 @@ impl Drop for World {
     }
 }
 
+/// A stream of a TUN's packets, as a guest's runner makes it.
+fn frames_of(tun: OwnedFd) -> OwnedFd {
+    use std::io::{Read, Write};
+    let tun = std::sync::Arc::new(kso_sys::tun::Tun::from_fd(tun).unwrap());
+    assert!(tun.has_vnet_header());
+    rustix::io::ioctl_fionbio(tun.as_fd(), false).unwrap();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (mut out, from) = (theirs.try_clone().unwrap(), tun.clone());
+    std::thread::spawn(move || {
+        let mut packet = vec![0; 70_000];
+        while let Ok(length) = rustix::io::read(&*from, &mut packet) {
+            let mut frame = Vec::new();
+            kso_wire::frame::append_bytes(&packet[..length], &mut frame).unwrap();
+            if out.write_all(&frame).is_err() {
+                break;
+            }
+        }
+    });
+    std::thread::spawn(move || {
+        let mut theirs = theirs;
+        let mut length = [0; 4];
+        while theirs.read_exact(&mut length).is_ok() {
+            let mut packet = vec![0; u32::from_le_bytes(length) as usize];
+            theirs.read_exact(&mut packet).unwrap();
+            let _ = rustix::io::write(&*tun, &packet);
+        }
+    });
+    ours.into()
+}
+
 fn drive(
-    tun: OwnedFd,
+    mut gateway: Gateway,
     config: GatewayConfig,
     late: bool,
     control: &Receiver<Control>,
     wake: &OwnedFd,
     ready: &Sender<()>,
 ) {
-    let mut link = Link::new(config.clone(), late);
-    let mut gateway = Gateway::new(tun, config).unwrap();
+    let mut link = Link::new(config, late);
     gateway.start(&mut link).unwrap();
     answer_late(&mut gateway, &mut link);
     ready.send(()).unwrap();
