@@ -6,23 +6,27 @@
 //!                              +--> MachineConfig --> Machine: QEMU, its end, its console
 //!   initramfs::compose --------+
 //!
-//!   Job:   wire::job over a stream of the guest: Start, Signal, Resize --> <-- Started, Failed, Ended
-//!   Stdio: the user's standard streams and terminal <--> streams of the guest
+//!   Attachment: the user's standard streams, terminal and signals <--> streams of the guest
+//!     Job: what runs in it, and how it ended (wire::job)
 //! ```
 //!
-//! Each of the last three has one descriptor to poll and a method that serves what is ready: none needs a thread. It knows
+//! Machine and Attachment have each one descriptor to poll and a method that serves what is ready: none needs a thread. It knows
 //! nothing of the broker, of devices or of policy: it is given the sockets of the devices.
 #![forbid(unsafe_code)]
 
+mod attachment;
 mod cache;
 mod cpio;
 mod elf;
 pub mod initramfs;
+mod job;
 pub mod kernels;
 mod machine;
 mod modules;
 mod qemu;
 
+pub use attachment::{AttachOptions, Attachment, Ends, Outcome};
+pub use job::{Job, JobEvent};
 pub use kernels::{Choice, Kernel, KernelError};
 pub use machine::{Machine, MachineError};
 pub use qemu::{Accelerator, DeviceSocket, FileSystem, MachineConfig, MachineKind};

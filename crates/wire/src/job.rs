@@ -9,7 +9,8 @@
 //!     | <------------------------- Start  |
 //!     | -- Started | Failed ------------> |
 //!     | <--------------- Signal, Resize   |      any number
-//!     | -- Ended -----------------------> |      once its output is on its way
+//!     | -- Ended -----------------------> |      once its output is on its way and its streams are shut down
+//!     |                                   |      the launcher closes the stream when it has the rest: init powers off
 //! ```
 
 use crate::{LoopbackMode, Network, Publication, TunAddresses};
@@ -56,8 +57,10 @@ pub struct Start {
     pub group: u32,
     /// See [`Self::user`].
     pub groups: Vec<u32>,
-    /// It gets a terminal of this size; then all of its standard streams are one stream, STDIN's.
+    /// It gets a terminal of this size; then its standard streams are one stream, STDIN's, in both directions.
     pub terminal: Option<WindowSize>,
+    /// Its standard error is a stream of its own (STDERR's) even with a terminal.
+    pub error_apart: bool,
     /// The guest's host name.
     pub hostname: String,
     /// What is mounted, in order.
