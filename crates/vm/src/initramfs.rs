@@ -15,8 +15,9 @@ const VERSION: &str = "1";
 const KEPT: usize = 12;
 /// What every guest needs: its way to the host, its files, its packets.
 const NEEDED: &[&str] = &["vmw_vsock_virtio_transport", "virtiofs", "overlay", "tun"];
-/// What a guest does without: connections to its own published ports then take the way through the host.
-const WELCOME: &[&str] = &["vsock_loopback"];
+/// What a guest does without: connections to its own published ports then take the way through the host, and the peer of a
+/// socket that was shut down is forgotten.
+const WELCOME: &[&str] = &["vsock_loopback", "vsock_diag"];
 
 /// Why there is no initramfs.
 #[derive(Debug, thiserror::Error)]

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// So much waits to be sent at most, bytes: beyond what Start takes, a guest that does not listen misses signals.
 const MAX_WAITING: usize = frame::MAX_FRAME + (64 << 10);
@@ -57,8 +58,8 @@ pub struct Job {
     socket: OwnedFd,
     events: OwnedFd,
     frames: Frames,
-    /// Start, until it is sent.
-    start: Option<Vec<u8>>,
+    /// Until it is sent.
+    start: Option<Box<Start>>,
     waiting: Vec<u8>,
     watches_output: bool,
     state: State,
@@ -70,12 +71,14 @@ impl Job {
     /// # Errors
     /// Command line and environment are too long together; no descriptors are left.
     pub fn new(start: Start) -> io::Result<(Self, OwnedFd)> {
-        let mut bytes = Vec::new();
-        frame::append(&ToInit::Start(Box::new(start)), &mut bytes).map_err(|error| {
+        // Encoded once for its length: it is told at once if it is too long.
+        let start = ToInit::Start(Box::new(start));
+        frame::append(&start, &mut Vec::new()).map_err(|error| {
             io::Error::other(format!(
                 "the command line and the environment are too long for a guest: {error}"
             ))
         })?;
+        let ToInit::Start(start) = start else { return Err(io::ErrorKind::InvalidInput.into()) };
         let (socket, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -84,7 +87,7 @@ impl Job {
             socket,
             events,
             frames: Frames::default(),
-            start: Some(bytes),
+            start: Some(start),
             waiting: Vec::new(),
             watches_output: false,
             state: State::Waiting,
@@ -104,9 +107,9 @@ impl Job {
         matches!(self.state, State::Running | State::Over)
     }
 
-    /// Sends the program a signal (Linux's number).
-    pub fn signal(&mut self, number: u8) {
-        self.tell(&ToInit::Signal(number));
+    /// Sends the program a signal (Linux's number), or its whole process group, as a key of a terminal does.
+    pub fn signal(&mut self, number: u8, group: bool) {
+        self.tell(&ToInit::Signal { number, group });
     }
 
     /// The terminal has another size.
@@ -156,7 +159,13 @@ impl Job {
                 return Err(format!("the guest speaks version {version} of kso's protocol, not {VERSION}"));
             }
             (State::Waiting, ToLauncher::Ready { kernel, .. }) => {
-                self.waiting = self.start.take().unwrap_or_default();
+                if let Some(mut start) = self.start.take() {
+                    // The guest's clock is set by it.
+                    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                    start.time = (now.as_secs().cast_signed(), now.subsec_nanos());
+                    frame::append(&ToInit::Start(start), &mut self.waiting)
+                        .map_err(|error| error.to_string())?;
+                }
                 (State::Starting, JobEvent::Ready { kernel })
             }
             (State::Starting, ToLauncher::Started) => (State::Running, JobEvent::Started),
@@ -201,7 +210,7 @@ impl Job {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 pub(crate) mod tests {
     use super::*;
     use std::io::{Read, Write};
@@ -223,6 +232,7 @@ pub(crate) mod tests {
             tun: kso_wire::TunAddresses::standard(),
             publish: vec![],
             loopback: kso_wire::LoopbackMode::Private,
+            inside: vec![],
             io_uring: false,
             open_files: (1, 2),
             time: (3, 4),
@@ -244,7 +254,7 @@ pub(crate) mod tests {
     fn a_job_goes_its_way_whatever_its_size() {
         let (mut job, socket) = Job::new(start(60_000)).unwrap();
         let mut guest = UnixStream::from(socket);
-        job.signal(15);
+        job.signal(15, false);
         say(&mut guest, &ready());
         assert_eq!(job.run_ready(), [JobEvent::Ready { kernel: "6.1".into() }]);
         guest.set_nonblocking(true).unwrap();
@@ -258,7 +268,9 @@ pub(crate) mod tests {
                 None => assert_eq!(job.run_ready(), []),
             }
         };
-        assert_eq!(received, ToInit::Start(Box::new(start(60_000))));
+        let ToInit::Start(received) = received else { panic!("{received:?}") };
+        assert!(received.time.0 > 1_700_000_000, "the time is that of sending");
+        assert_eq!(Start { time: (3, 4), ..*received }, start(60_000));
         assert_eq!(frames.next_message::<ToInit>().unwrap(), None, "no signal before it runs");
         say(&mut guest, &ToLauncher::Started);
         assert_eq!(job.run_ready(), [JobEvent::Started]);

@@ -99,8 +99,13 @@ pub enum Ended {
 pub enum ToInit {
     /// Run this.
     Start(Box<Start>),
-    /// Send the program's process group this signal (Linux's number).
-    Signal(u8),
+    /// Send the program a signal.
+    Signal {
+        /// Linux's number.
+        number: u8,
+        /// To its whole process group, as a key of a terminal does.
+        group: bool,
+    },
     /// The terminal has another size.
     Resize(WindowSize),
 }

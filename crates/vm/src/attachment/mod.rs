@@ -9,21 +9,18 @@
 //! Everything is served from one descriptor ([`Attachment::poll_fd`]) by [`Attachment::run_ready`], which never waits.
 //! With a terminal the user's own is raw while the program runs, and what it was before whatever happens.
 
-mod pump;
-mod stream;
 mod terminal;
 
 use crate::job::{Job, JobEvent};
+use kso_stdio::{Direction, Pump, Stream};
 use kso_sys::process::Signals;
 use kso_wire::job::{Ended, Start};
-use pump::Pump;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::Signal;
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use stream::{Direction, Stream};
 use terminal::RawTerminal;
 
 /// Signals that are passed on to the program.
@@ -142,7 +139,7 @@ impl Attachment {
 
         let (input, stdin_end) = pair()?;
         let output = |user: BorrowedFd<'_>, source: OwnedFd, data| -> io::Result<Option<Pump>> {
-            let sink = Stream::of_user(user, Direction::Write)?;
+            let sink = Stream::shared(user, Direction::Write)?;
             Ok(Some(Pump::new(Stream::socket(source), sink, data)))
         };
         let (mut stdout_end, mut stderr_end, mut errors) = (None, None, None);
@@ -162,7 +159,7 @@ impl Attachment {
         if options.no_input {
             rustix::net::shutdown(&input, rustix::net::Shutdown::Write)?;
         } else {
-            typed = Some(Pump::new(Stream::of_user(stdin, Direction::Read)?, Stream::socket(input), 0));
+            typed = Some(Pump::new(Stream::shared(stdin, Direction::Read)?, Stream::socket(input), 0));
         }
         let attachment = Self {
             events,
@@ -308,7 +305,7 @@ impl Attachment {
                         // Whoever should read the rest does not.
                         return Ok(Some(Outcome::Exited(ended)));
                     }
-                    self.job.signal(number);
+                    self.job.signal(number, signal.from_terminal);
                 }
             }
         }

@@ -14,9 +14,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 /// So much fits into a pipe that says it is writable (pipe(7), `PIPE_BUF`), bytes; a terminal takes less without waiting.
 const PROMISED: usize = 512;
 
+/// What is done with a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
+    /// It is read.
     Read,
+    /// It is written.
     Write,
 }
 
@@ -30,6 +33,7 @@ enum Way {
     Careful,
 }
 
+/// See the module's documentation.
 #[derive(Debug)]
 pub struct Stream {
     descriptor: OwnedFd,
@@ -37,13 +41,26 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// A socket of our own.
+    /// A socket.
+    #[must_use]
     pub fn socket(descriptor: OwnedFd) -> Self {
         Self { descriptor, way: Way::Socket }
     }
 
-    /// One of the user's standard streams.
-    pub fn of_user(descriptor: BorrowedFd<'_>, direction: Direction) -> io::Result<Self> {
+    /// A file of our own, which is made non-blocking.
+    ///
+    /// # Errors
+    /// fcntl(2).
+    pub fn own(descriptor: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&descriptor, true)?;
+        Ok(Self { descriptor, way: Way::Direct })
+    }
+
+    /// A file that others may share: one of the user's standard streams.
+    ///
+    /// # Errors
+    /// fstat(2); no descriptors are left.
+    pub fn shared(descriptor: BorrowedFd<'_>, direction: Direction) -> io::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(descriptor)?.st_mode);
         let way = match kind {
             FileType::RegularFile | FileType::BlockDevice | FileType::Directory => Way::Direct,
@@ -59,7 +76,7 @@ impl Stream {
         Ok(Self { descriptor: descriptor.try_clone_to_owned()?, way })
     }
 
-    pub fn read(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+    pub(crate) fn read(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
         match self.way {
             Way::Direct => rustix::io::read(&self.descriptor, buffer),
             Way::Socket => {
@@ -72,7 +89,7 @@ impl Stream {
         }
     }
 
-    pub fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
+    pub(crate) fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
         match self.way {
             Way::Direct => rustix::io::write(&self.descriptor, bytes),
             Way::Socket => {
@@ -86,7 +103,7 @@ impl Stream {
     }
 
     /// Nothing more is written.
-    pub fn finish_writing(&self) {
+    pub(crate) fn finish_writing(&self) {
         if self.way == Way::Socket {
             let _ = rustix::net::shutdown(&self.descriptor, rustix::net::Shutdown::Write);
         }

@@ -8,7 +8,7 @@
 //!   is shut down: over                      hears of it (EPIPE): over
 //! ```
 
-use super::stream::Stream;
+use crate::Stream;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use std::io;
@@ -60,6 +60,7 @@ impl End {
     }
 }
 
+/// See the module's documentation. It is watched by an epoll instance of its owner's, who calls [`Self::run`] when told.
 #[derive(Debug)]
 pub struct Pump {
     source: Option<End>,
@@ -69,6 +70,8 @@ pub struct Pump {
     start: usize,
     end: usize,
     paused: bool,
+    /// What the source has now is the last.
+    draining: bool,
     /// Names its events.
     data: u64,
 }
@@ -82,22 +85,39 @@ enum Turn {
 }
 
 impl Pump {
+    /// A pump whose events are named `data`.
+    #[must_use]
     pub fn new(source: Stream, sink: Stream, data: u64) -> Self {
         let end = |stream| Some(End { stream, watched: Watched::No });
         let buffer = vec![0; BUFFER];
-        Self { source: end(source), sink: end(sink), buffer, start: 0, end: 0, paused: false, data }
+        Self {
+            source: end(source),
+            sink: end(sink),
+            buffer,
+            start: 0,
+            end: 0,
+            paused: false,
+            draining: false,
+            data,
+        }
     }
 
     /// All bytes are where they go, or nobody takes them.
+    #[must_use]
     pub fn is_over(&self) -> bool {
         self.sink.is_none()
     }
 
     /// The source is a terminal in whose foreground we are not: nothing is read until [`Self::resume`].
+    #[must_use]
     pub fn is_paused(&self) -> bool {
         self.paused && self.source.is_some()
     }
 
+    /// Reads again.
+    ///
+    /// # Errors
+    /// epoll_ctl(2).
     pub fn resume(&mut self, events: &OwnedFd) -> io::Result<()> {
         self.paused = false;
         self.run(events)
@@ -110,7 +130,19 @@ impl Pump {
         }
     }
 
+    /// What the source has now is the last of it, even if others could still write there.
+    ///
+    /// # Errors
+    /// epoll_ctl(2).
+    pub fn drain(&mut self, events: &OwnedFd) -> io::Result<()> {
+        self.draining = true;
+        self.run(events)
+    }
+
     /// Moves what can be moved, then watches for what is missing.
+    ///
+    /// # Errors
+    /// epoll_ctl(2).
     pub fn run(&mut self, events: &OwnedFd) -> io::Result<()> {
         for _ in 0..MAX_TURNS {
             let read = self.read();
@@ -150,6 +182,7 @@ impl Pump {
                 self.end += count;
                 Turn::Moved
             }
+            Err(Errno::AGAIN) if self.draining => Turn::Over,
             Err(Errno::AGAIN) => Turn::Stuck,
             Err(Errno::INTR) => Turn::Moved,
             // tty(4): the read of a process in the background that does not take SIGTTIN.
@@ -196,8 +229,8 @@ fn in_background(terminal: &Stream) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::stream::Direction;
     use super::*;
+    use crate::Direction;
     use std::io::{Read, Write};
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
@@ -241,7 +274,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&data).unwrap();
         io::Seek::rewind(&mut file).unwrap();
-        assert!(pumped(Stream::of_user(file.as_fd(), Direction::Read).unwrap()) == data);
+        assert!(pumped(Stream::shared(file.as_fd(), Direction::Read).unwrap()) == data);
 
         let (reader, writer) = std::io::pipe().unwrap();
         let copy = data.clone();
@@ -249,13 +282,13 @@ mod tests {
             let mut writer = writer;
             writer.write_all(&copy).unwrap();
         });
-        assert!(pumped(Stream::of_user(reader.as_fd(), Direction::Read).unwrap()) == data);
+        assert!(pumped(Stream::shared(reader.as_fd(), Direction::Read).unwrap()) == data);
         feeder.join().unwrap();
 
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let copy = data.clone();
         let feeder = std::thread::spawn(move || theirs.write_all(&copy).unwrap());
-        assert!(pumped(Stream::of_user(ours.as_fd(), Direction::Read).unwrap()) == data);
+        assert!(pumped(Stream::shared(ours.as_fd(), Direction::Read).unwrap()) == data);
         feeder.join().unwrap();
     }
 
@@ -266,7 +299,7 @@ mod tests {
         theirs.set_nonblocking(true).unwrap();
         let events = events();
         let mut pump = Pump::new(
-            Stream::of_user(reader.as_fd(), Direction::Read).unwrap(),
+            Stream::shared(reader.as_fd(), Direction::Read).unwrap(),
             Stream::socket(ours.into()),
             0,
         );
@@ -309,7 +342,7 @@ mod tests {
         let events = events();
         let mut pump = Pump::new(
             Stream::socket(ours.into()),
-            Stream::of_user(writer.as_fd(), Direction::Write).unwrap(),
+            Stream::shared(writer.as_fd(), Direction::Write).unwrap(),
             0,
         );
         drop((reader, writer));
@@ -327,7 +360,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let events = events();
         let mut pump = Pump::new(
-            Stream::of_user(reader.as_fd(), Direction::Read).unwrap(),
+            Stream::shared(reader.as_fd(), Direction::Read).unwrap(),
             Stream::socket(ours.into()),
             0,
         );
