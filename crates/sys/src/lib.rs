@@ -3,7 +3,7 @@
 //! The crates above forbid unsafe code; what they need from the kernel and neither `std`, rustix nor socket2
 //! offers safely is here, behind types that own their descriptors: the seccomp notifier ([`notify`]), memory
 //! and descriptors of other processes ([`remote`]), processes in namespaces ([`process`]), socket options by portable
-//! name ([`options`]), locks on sockets ([`lock`]), the TUN ([`tun`]) and batches of datagrams ([`datagram`]).
+//! name ([`options`]), locks on sockets ([`lock`]), the TUN ([`tun`]), a guest's streams ([`vsock`]) and batches of datagrams ([`datagram`]).
 //! It takes no decisions.
 
 pub mod datagram;
@@ -17,6 +17,7 @@ pub mod process;
 pub mod provide;
 pub mod remote;
 pub mod tun;
+pub mod vsock;
 
 mod socket;
 pub use socket::{

@@ -45,7 +45,13 @@ pub enum Response {
     Value(i64),
     /// The call fails with this number of `errno.h`.
     Error(i32),
+    /// A signal came: its handler runs, and the call is made again or fails with `EINTR`, as the handler was set up.
+    /// Only for a caller that has a signal to take: another would see the kernel's own number of this.
+    Restart,
 }
+
+/// `ERESTARTSYS` (include/linux/errno.h).
+const ERESTARTSYS: i32 = 512;
 
 /// The supervisor's end of a filter.
 #[derive(Debug)]
@@ -102,6 +108,7 @@ impl Listener {
             Response::Continue => (0, 0, libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32),
             Response::Value(value) => (value, 0, 0),
             Response::Error(number) => (0, -number, 0),
+            Response::Restart => (0, -ERESTARTSYS, 0),
         };
         let mut raw = libc::seccomp_notif_resp { id, val, error, flags };
         // SAFETY: the kernel reads one `seccomp_notif_resp`.
@@ -133,13 +140,45 @@ impl Listener {
     }
 }
 
+impl Listener {
+    /// Gives the caller `descriptor` under a number of its own, which is what its call returns.
+    ///
+    /// # Errors
+    /// `ENOENT`: the caller no longer waits; `EMFILE`: it has too many.
+    pub fn hand_over(&self, id: u64, descriptor: BorrowedFd<'_>, close_on_exec: bool) -> io::Result<()> {
+        let mut raw = libc::seccomp_notif_addfd {
+            id,
+            flags: libc::SECCOMP_ADDFD_FLAG_SEND as u32,
+            srcfd: descriptor.as_raw_fd().unsigned_abs(),
+            newfd: 0,
+            newfd_flags: if close_on_exec { libc::O_CLOEXEC as u32 } else { 0 },
+        };
+        let attempt = |raw: &libc::seccomp_notif_addfd| {
+            // SAFETY: the kernel reads one `seccomp_notif_addfd`.
+            let result = unsafe {
+                libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_ADDFD, std::ptr::from_ref(raw))
+            };
+            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+        };
+        match attempt(&raw) {
+            // Before Linux 5.14 it takes two steps: who is interrupted in between has a descriptor it does not know.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                raw.flags = 0;
+                let number = attempt(&raw)?;
+                self.respond(id, Response::Value(number.into()))
+            }
+            done => done.map(drop),
+        }
+    }
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-/// A condition on the low 32 bits of an argument.
+/// A condition on an argument: on its low 32 bits, unless it says otherwise.
 #[derive(Clone, Copy, Debug)]
 pub enum Condition {
     /// Equal.
@@ -148,6 +187,8 @@ pub enum Condition {
     Has(u8, u32),
     /// Greater (unsigned).
     Above(u8, u32),
+    /// The *high* 32 bits are not zero.
+    Wide(u8),
 }
 
 /// What the filter does with a call.
@@ -228,13 +269,14 @@ fn compile(rules: &[Rule]) -> Vec<libc::sock_filter> {
         program.push(step(EQUAL, 0, length + reload, rule.call as u32));
         let mut left = length;
         for condition in &rule.conditions {
-            let (code, argument, value) = match *condition {
-                Condition::Is(argument, value) => (EQUAL, argument, value),
-                Condition::Has(argument, bits) => (BIT, argument, bits),
-                Condition::Above(argument, value) => (GREATER, argument, value),
+            let (code, argument, half, value) = match *condition {
+                Condition::Is(argument, value) => (EQUAL, argument, 0, value),
+                Condition::Has(argument, bits) => (BIT, argument, 0, bits),
+                Condition::Above(argument, value) => (GREATER, argument, 0, value),
+                Condition::Wide(argument) => (GREATER, argument, 4, 0),
             };
             // Little endian: the low half comes first.
-            program.push(step(LOAD, 0, 0, ARGUMENTS + 8 * u32::from(argument)));
+            program.push(step(LOAD, 0, 0, ARGUMENTS + 8 * u32::from(argument) + half));
             left -= 2;
             program.push(step(code, 0, left, value));
         }
@@ -317,6 +359,8 @@ mod tests {
                 action: Action::Notify,
             },
             Rule { call: 44, conditions: vec![Condition::Has(3, 0x2000_0000)], action: Action::Fail(95) },
+            Rule { call: 43, conditions: vec![Condition::Above(1, 0)], action: Action::Notify },
+            Rule { call: 43, conditions: vec![Condition::Wide(1)], action: Action::Notify },
         ]);
         let native = |call, args| run(&program, NATIVE, call, args);
         assert_eq!(native(42, [0; 6]), libc::SECCOMP_RET_USER_NOTIF);
@@ -328,6 +372,9 @@ mod tests {
         assert_eq!(native(44, [0, 0, 0, 0x2000_4000, 0, 0]), fail(95));
         assert_eq!(native(44, [0, 0, 0, 0x4000, 0, 0]), libc::SECCOMP_RET_ALLOW);
         assert_eq!(native(0, [9; 6]), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(native(43, [3, 0, 9, 0, 0, 0]), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(native(43, [3, 8, 9, 0, 0, 0]), libc::SECCOMP_RET_USER_NOTIF);
+        assert_eq!(native(43, [3, 7 << 32, 9, 0, 0, 0]), libc::SECCOMP_RET_USER_NOTIF);
         for &call in FOREIGN_SOCKET_CALLS {
             assert_eq!(run(&program, 0x4000_0003, call, [0; 6]), fail(libc::ENOSYS), "call {call}");
         }

@@ -10,8 +10,14 @@ calls! {
     CONNECT = SYS_connect;
     LISTEN = SYS_listen;
     BIND = SYS_bind;
+    SOCKET = SYS_socket;
+    ACCEPT = SYS_accept;
+    ACCEPT4 = SYS_accept4;
     GETSOCKNAME = SYS_getsockname;
+    GETPEERNAME = SYS_getpeername;
     SETSOCKOPT = SYS_setsockopt;
+    GETSOCKOPT = SYS_getsockopt;
+    IOCTL = SYS_ioctl;
     DUP = SYS_dup;
     #[cfg(target_arch = "x86_64")]
     DUP2 = SYS_dup2;
@@ -36,6 +42,14 @@ pub const MSG_FASTOPEN: u32 = libc::MSG_FASTOPEN as u32;
 pub const EOPNOTSUPP: u16 = libc::EOPNOTSUPP as u16;
 /// `ENOSYS`.
 pub const ENOSYS: u16 = libc::ENOSYS as u16;
+/// `EAFNOSUPPORT`.
+pub const EAFNOSUPPORT: u16 = libc::EAFNOSUPPORT as u16;
+/// `AF_VSOCK`.
+pub const AF_VSOCK: i32 = libc::AF_VSOCK;
+/// `SOCK_CLOEXEC`.
+pub const SOCK_CLOEXEC: i32 = libc::SOCK_CLOEXEC;
+/// `SOCK_NONBLOCK`.
+pub const SOCK_NONBLOCK: i32 = libc::SOCK_NONBLOCK;
 /// `AF_INET`.
 pub const AF_INET: i32 = libc::AF_INET;
 /// `AF_INET6`.

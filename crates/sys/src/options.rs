@@ -1,5 +1,8 @@
 //! Socket options by portable name, on Linux. Sources: socket(7), tcp(7), ip(7), ipv6(7).
 
+mod bytes;
+pub use bytes::{from_bytes, name_of, to_bytes};
+
 use crate::socket::{get, set};
 use kso_wire::{CONGESTION_CONTROLS, Family, OptionName, OptionValue, SocketOptions};
 use std::io;

@@ -211,6 +211,16 @@ impl AsFd for Signals {
     }
 }
 
+/// Blocks every signal in the calling thread: a helper's system calls are not to be interrupted.
+pub fn block_signals() {
+    let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
+    // SAFETY: the set is initialised before it is read.
+    unsafe {
+        libc::sigfillset(set.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+    }
+}
+
 /// Gives `SIGPIPE` its default action back, which Rust's runtime ignores: a program expects it.
 pub fn default_sigpipe() {
     // SAFETY: sets a disposition, no handler.
