@@ -5,10 +5,13 @@
 //! ([`remote_link`]), for what the client kernel shall not do itself. It takes no decision of policy.
 #![forbid(unsafe_code)]
 
+mod descriptors;
+pub mod guest;
 pub mod interceptor;
 pub mod remote_link;
 pub mod sandbox;
 
+pub use guest::{GuestConfig, GuestRunner, GuestStreams};
 pub use interceptor::{Interceptor, InterceptorConfig, Publishing};
 pub use remote_link::RemoteLink;
 pub use sandbox::{Sandbox, SandboxConfig, SandboxError};

@@ -158,6 +158,13 @@ impl Defaults {
         }
         Self { family, values }
     }
+
+    /// The value of one.
+    #[must_use]
+    pub fn get(&self, name: OptionName) -> Option<OptionValue> {
+        let at = TABLE.iter().position(|entry| entry.name == name)?;
+        self.values.get(at).copied().flatten()
+    }
 }
 
 /// Level and number of each option that is rarely set: whoever sees them being set (setsockopt(2)) need not

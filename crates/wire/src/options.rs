@@ -132,6 +132,14 @@ impl SocketOptions {
         }
     }
 
+    /// Adds an option, or gives it another value.
+    pub fn set(&mut self, name: OptionName, value: OptionValue) {
+        match self.0.iter_mut().find(|option| option.name == name) {
+            Some(option) => option.value = value,
+            None => self.push(name, value),
+        }
+    }
+
     /// The options in order.
     pub fn iter(&self) -> impl Iterator<Item = SocketOption> + '_ {
         self.0.iter().copied()

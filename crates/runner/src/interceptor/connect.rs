@@ -12,9 +12,9 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 /// `TCP_CLOSE`: nothing was begun, or it failed (include/net/tcp_states.h).
-pub(super) const CLOSED: u8 = 7;
+pub(crate) const CLOSED: u8 = 7;
 /// The port of DNS (RFC 1035).
-const NAME_SERVICE: u16 = 53;
+pub(crate) const NAME_SERVICE: u16 = 53;
 /// `TCP_SYN_SENT`.
 const SYN_SENT: u8 = 2;
 
@@ -144,7 +144,7 @@ fn failure(socket: BorrowedFd<'_>) -> io::Result<Option<i32>> {
 }
 
 /// The address the program bound, if it did.
-pub(super) fn bound_address(socket: BorrowedFd<'_>) -> io::Result<Option<SocketAddr>> {
+pub(crate) fn bound_address(socket: BorrowedFd<'_>) -> io::Result<Option<SocketAddr>> {
     Ok(match local_address(socket)? {
         RawAddress::Inet(address) if address.port() != 0 || !address.ip().is_unspecified() => Some(address),
         _ => None,

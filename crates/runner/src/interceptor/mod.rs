@@ -19,13 +19,14 @@
 //! All of it runs on one thread, which must be the process's first (the twin of `carry` reads its descriptors),
 //! and nothing in it waits.
 
-mod carry;
+pub(crate) mod carry;
 mod connect;
 mod filter;
 mod listen;
 mod swap;
-mod threads;
+pub(crate) mod threads;
 
+pub(crate) use connect::{CLOSED, NAME_SERVICE, bound_address};
 pub use filter::rules;
 
 use kso_sys::notify::{Listener, Notification, Response};

@@ -1,0 +1,380 @@
+//! The back end of a microVM's guest: an outsourced socket is an AF_VSOCK stream.
+//!
+//! ```text
+//!  connect --- stays inside ----------------------------------------> CONTINUE
+//!     |------- to a published listener inside: vsock loopback
+//!     +------- outside: Prepare to the control stream, connect a vsock socket, swap it in
+//!                 +-- the program's socket does not block ----------> EINPROGRESS
+//!                 +-- it blocks: held until Established ------------> 0
+//!                                        or Failed -----------------> the true errno
+//!  listen ---- not published ---------------------------------------> CONTINUE
+//!     +------- a vsock listener, Ask Listen; swap it in ------------> 0
+//!  accept, with a place for the address ----------------------------> accepted here, handed over
+//!  getsockname, getpeername, getsockopt, setsockopt, FIONREAD ------> answered as TCP would
+//! ```
+//!
+//! All of it runs on one thread, which must be the process's first, and nothing in it waits: a call that does is held
+//! ([`held`]) while others are served. Helper threads begin connections ([`connector`] says why). Nothing is kept
+//! for a connection; what is remembered of some for a while has a bound ([`recent`], [`peers`]), and a vsock port tells
+//! the rest ([`ports`]).
+//!
+//! CONTINUE is never what policy rests on: what a program reaches past the runner is a vsock stream to an address that the
+//! broker decides on all the same, or the TUN.
+
+mod accept;
+mod answers;
+mod connect;
+mod connector;
+mod control;
+mod filter;
+mod held;
+mod listen;
+mod names;
+mod options;
+mod packets;
+mod peers;
+mod ports;
+mod recent;
+mod run;
+mod signals;
+mod watch;
+
+pub use filter::rules;
+
+use crate::descriptors::{Descriptors, Target, recall, remember};
+use crate::interceptor::Publishing;
+use control::Control;
+use kso_sys::notify::{Listener, Notification, Response};
+use kso_sys::options::Defaults;
+use kso_sys::tun::Tun;
+use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, numbers, remote, vsock};
+use kso_wire::guest::{GuestRequest, ToHost};
+use kso_wire::{
+    Caller, Errno, Family, LoopbackMode, MAX_PENDING, Protocol, Publication, SocketOptions, TunAddresses,
+};
+use rustix::event::epoll;
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+/// So many sockets with rare options are remembered; with more, every socket is read in full.
+const MAX_TUNED: usize = 1024;
+
+/// What the runner has to know of its guest.
+#[derive(Debug)]
+pub struct GuestConfig {
+    /// Its addresses.
+    pub tun: TunAddresses,
+    /// Where its loopback is.
+    pub loopback: LoopbackMode,
+    /// What is published.
+    pub publish: Vec<Publication>,
+    /// Options of fresh TCP sockets: IPv4, IPv6.
+    pub defaults: [Defaults; 2],
+}
+
+impl GuestConfig {
+    /// What is published of TCP ports.
+    #[must_use]
+    pub fn publishing(publish: &[Publication], loopback: LoopbackMode) -> Publishing {
+        if loopback == LoopbackMode::External {
+            return Publishing::Everything;
+        }
+        let tcp = || publish.iter().filter(|publication| publication.protocol == Protocol::Tcp);
+        if tcp().next().is_none() {
+            Publishing::Nothing
+        } else if tcp().any(|publication| publication.inner_port == 0) {
+            Publishing::Everything
+        } else {
+            Publishing::Ports
+        }
+    }
+}
+
+/// The descriptors that a guest's init hands to its runner.
+#[derive(Debug)]
+pub struct GuestStreams {
+    /// The filter's notifier (of the filter of [`rules`]).
+    pub notifier: OwnedFd,
+    /// Connected to [`kso_wire::guest::ports::CONTROL`].
+    pub control: OwnedFd,
+    /// The TUN, with virtio-net headers if it can.
+    pub tun: Tun,
+    /// Connected to [`kso_wire::guest::ports::PACKETS`].
+    pub packets: OwnedFd,
+}
+
+/// What to do with a call now.
+enum Outcome {
+    /// Answer it.
+    Respond(Response),
+    /// It is held, answered already, or its caller is gone.
+    Later,
+}
+
+impl Outcome {
+    const CONTINUE: Self = Self::Respond(Response::Continue);
+    const DONE: Self = Self::Respond(Response::Value(0));
+
+    fn error(errno: Errno) -> Self {
+        Self::Respond(Response::Error(kso_sys::errno::to_raw(errno)))
+    }
+}
+
+/// The socket of a call, told apart.
+enum Kind {
+    /// The guest's own TCP: family and state.
+    Tcp(Family, u8),
+    /// Outsourced: its vsock port.
+    Vsock(u32),
+    /// Anything else.
+    Other,
+}
+
+/// What may be done about a connection.
+enum Route {
+    /// The guest's kernel makes it.
+    Inside,
+    /// To a published listener inside, by its vsock port.
+    Published(u32),
+    /// The broker decides.
+    Outside,
+}
+
+/// See the module's documentation.
+pub struct GuestRunner {
+    notifier: Listener,
+    config: GuestConfig,
+    publishing: Publishing,
+    control: Control,
+    packets: packets::Packets,
+    descriptors: Descriptors,
+    connector: connector::Connector,
+    ports: ports::Ports,
+    peers: peers::Peers,
+    recent: recent::Recent,
+    failures: recent::Failures,
+    listeners: watch::Watch<listen::Published>,
+    reservations: watch::Watch<SocketAddr>,
+    /// Cookies of TCP sockets on which options were set that need reading.
+    tuned: VecDeque<u64>,
+    /// Some fell out of [`Self::tuned`].
+    tuned_overflow: bool,
+    /// Calls that wait for an answer of the broker, by its request's name.
+    asked: HashMap<u64, answers::Asked>,
+    next_request: u64,
+    /// Calls that wait for a connection, by its vsock port.
+    connecting: HashMap<u32, Vec<held::Connecting>>,
+    /// Calls that wait for a connection to accept, by their listener's vsock port.
+    accepting: HashMap<u32, accept::Queue>,
+    /// Watches the control stream and what held calls wait for.
+    events: OwnedFd,
+    /// When callers that wait are looked at next.
+    look_at: Option<Instant>,
+    /// When closed listeners are looked for next.
+    sweep_at: Option<Instant>,
+    supervising: bool,
+    next_look: u32,
+    /// Looks since anything happened to a caller that waits.
+    quiet: u32,
+    /// The control stream was seen to be lost.
+    lost: bool,
+    /// Where FIONREAD peeks; made when it is first asked for.
+    peeked: Vec<u8>,
+}
+
+impl GuestRunner {
+    /// Introduces the guest to the broker and waits until it is welcome.
+    ///
+    /// # Errors
+    /// The broker refuses, is of another version, or does not answer; `EMFILE`.
+    pub fn new(streams: GuestStreams, config: GuestConfig) -> io::Result<Self> {
+        let notifier = Listener::new(streams.notifier);
+        notifier.synchronous_wake_up();
+        let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let control = Control::open(streams.control, streams.tun.segments_datagrams())?;
+        if let Some(descriptor) = control.descriptor() {
+            let data = epoll::EventData::new_u64(run::Source::Control.data());
+            // Edges: each time all is read, and written as far as there is room.
+            let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+            epoll::add(&events, descriptor, data, flags)?;
+        }
+        Ok(Self {
+            notifier,
+            publishing: GuestConfig::publishing(&config.publish, config.loopback),
+            config,
+            control,
+            packets: packets::Packets::new(streams.tun, streams.packets),
+            descriptors: Descriptors::default(),
+            connector: connector::Connector::default(),
+            ports: ports::Ports::default(),
+            peers: peers::Peers::default(),
+            recent: recent::Recent::default(),
+            failures: recent::Failures::default(),
+            listeners: watch::Watch::new()?,
+            reservations: watch::Watch::new()?,
+            tuned: VecDeque::new(),
+            tuned_overflow: false,
+            asked: HashMap::new(),
+            next_request: 0,
+            connecting: HashMap::new(),
+            accepting: HashMap::new(),
+            events,
+            look_at: None,
+            sweep_at: None,
+            supervising: true,
+            next_look: 0,
+            quiet: 0,
+            lost: false,
+            peeked: Vec::new(),
+        })
+    }
+
+    fn handle(&mut self, notification: Notification) {
+        let outcome = match notification.call {
+            numbers::CONNECT => self.connect(notification),
+            numbers::ACCEPT | numbers::ACCEPT4 => self.accept(notification),
+            numbers::LISTEN => self.listen(notification),
+            numbers::BIND => self.bind(notification),
+            numbers::GETSOCKNAME => self.getsockname(notification),
+            numbers::GETPEERNAME => self.getpeername(notification),
+            numbers::SETSOCKOPT => self.setsockopt(notification),
+            numbers::GETSOCKOPT => self.getsockopt(notification),
+            numbers::IOCTL => self.ioctl(notification),
+            numbers::EPOLL_CREATE1 => self.epoll_made(notification),
+            #[cfg(target_arch = "x86_64")]
+            numbers::EPOLL_CREATE => self.epoll_made(notification),
+            // dup, dup2, dup3, fcntl(F_DUPFD): the first argument is the descriptor.
+            _ => self.duplicate(notification),
+        };
+        // A target that vanished, or that cannot be looked into, gets what its own kernel says.
+        let outcome = outcome.unwrap_or_else(|error| {
+            tracing::debug!(%error, call = notification.call, tid = notification.tid, "a call is left to the kernel");
+            Outcome::CONTINUE
+        });
+        self.conclude(notification.id, &outcome);
+    }
+
+    fn conclude(&self, id: u64, outcome: &Outcome) {
+        if let Outcome::Respond(response) = *outcome {
+            self.respond(id, response);
+        }
+    }
+
+    fn respond(&self, id: u64, response: Response) {
+        if self.notifier.respond(id, response).is_err() {
+            tracing::trace!(id, "the caller is gone");
+        }
+    }
+
+    /// The socket that a call names as its first argument.
+    fn target(&mut self, notification: Notification) -> io::Result<(Target, Kind)> {
+        let target = self.descriptors.target(notification)?;
+        let socket = target.socket.as_fd();
+        let kind = match kso_sys::domain(socket) {
+            Ok(numbers::AF_VSOCK) => Kind::Vsock(vsock::local(socket)?.port),
+            // Only TCP has a state; asking for it tells the protocol too.
+            Ok(domain @ (numbers::AF_INET | numbers::AF_INET6)) => match kso_sys::tcp_state(socket) {
+                Ok(state) if domain == numbers::AF_INET => Kind::Tcp(Family::V4, state),
+                Ok(state) => Kind::Tcp(Family::V6, state),
+                Err(_) => Kind::Other,
+            },
+            _ => Kind::Other,
+        };
+        Ok((target, kind))
+    }
+
+    /// The address that a call gives. `None`: the kernel shall judge what it says.
+    fn address_argument(notification: Notification) -> io::Result<Option<RawAddress>> {
+        let [_, address, length, ..] = notification.args;
+        // As the kernel does: `int addrlen`, no longer than a sockaddr_storage (move_addr_to_kernel).
+        let length = usize::try_from(length as i32).unwrap_or(usize::MAX);
+        let mut bytes = [0; MAX_ADDRESS];
+        let Some(bytes) = bytes.get_mut(..length) else { return Ok(None) };
+        if remote::read_memory(notification.tid, address, bytes)? != length {
+            return Ok(None);
+        }
+        Ok(Some(address_from_raw(bytes)))
+    }
+
+    /// The options of a TCP socket that a fresh one does not have.
+    fn tcp_options(&mut self, target: &Target, family: Family) -> io::Result<SocketOptions> {
+        let socket = target.socket.as_fd();
+        let all = self.tuned_overflow
+            || (!self.tuned.is_empty() && recall(&mut self.tuned, &kso_sys::cookie(socket)?));
+        let [v4, v6] = &self.config.defaults;
+        let defaults = if family == Family::V4 { v4 } else { v6 };
+        Ok(kso_sys::options::read(socket, defaults, all))
+    }
+
+    fn caller(&mut self, notification: Notification) -> io::Result<Caller> {
+        let program = crate::interceptor::threads::name_of(notification.tid);
+        Ok(Caller { pid: self.descriptors.process(notification.tid)?, program })
+    }
+
+    /// Asks the broker, and holds the call until it answers.
+    fn ask(
+        &mut self,
+        target: Target,
+        purpose: answers::Purpose,
+        request: GuestRequest,
+    ) -> io::Result<Outcome> {
+        let notification = target.notification;
+        if self.asked.len() >= MAX_PENDING {
+            return Ok(Outcome::error(Errno::ENOBUFS));
+        }
+        let caller = self.caller(notification)?;
+        // What was read from memory came from this caller only if it waits still.
+        if !self.notifier.is_valid(notification.id) {
+            return Ok(Outcome::Later);
+        }
+        self.next_request += 1;
+        let id = self.next_request;
+        if let Err(errno) = self.control.send(&ToHost::Ask { id, caller, request }) {
+            return Ok(Outcome::error(errno));
+        }
+        self.asked.insert(id, answers::Asked { target, purpose, since: Instant::now() });
+        self.look_soon();
+        Ok(Outcome::Later)
+    }
+
+    /// Has the broker do something whose answer does not matter.
+    fn tell(&mut self, request: GuestRequest) -> Result<(), Errno> {
+        self.next_request += 1;
+        let id = self.next_request;
+        self.control.send(&ToHost::Ask { id, caller: Caller::default(), request })
+    }
+
+    fn duplicate(&mut self, notification: Notification) -> io::Result<Outcome> {
+        self.descriptors.copied(notification.tid, notification.args[0] as i32)?;
+        let (target, kind) = self.target(notification)?;
+        let swappable = match kind {
+            Kind::Tcp(_, state) => state == crate::interceptor::CLOSED,
+            // A failed one is replaced when it connects again.
+            Kind::Vsock(_) => matches!(
+                vsock::state(target.socket.as_fd()),
+                Ok(vsock::State::Closed | vsock::State::Connecting)
+            ),
+            Kind::Other => false,
+        };
+        if swappable {
+            self.descriptors.duplicated(kso_sys::cookie(target.socket.as_fd())?);
+        }
+        Ok(Outcome::CONTINUE)
+    }
+
+    /// Remembers that options were set on a TCP socket.
+    fn tuned(&mut self, target: &Target) -> io::Result<()> {
+        let cookie = kso_sys::cookie(target.socket.as_fd())?;
+        self.tuned_overflow |= self.tuned.len() >= MAX_TUNED;
+        remember(&mut self.tuned, cookie, MAX_TUNED);
+        Ok(())
+    }
+
+    fn epoll_made(&mut self, notification: Notification) -> io::Result<Outcome> {
+        self.descriptors.epoll_made(notification.tid)?;
+        Ok(Outcome::CONTINUE)
+    }
+}
