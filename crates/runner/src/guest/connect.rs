@@ -102,6 +102,9 @@ impl GuestRunner {
             // The gateway itself answers names, by the TUN.
             return Route::Inside;
         }
+        if self.config.inside.iter().any(|network| network.contains(ip)) {
+            return Route::Inside;
+        }
         let loopback = ip.is_loopback() || ip.is_unspecified();
         if !loopback && !self.config.tun.is_guest(ip) {
             return Route::Outside;

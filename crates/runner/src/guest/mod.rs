@@ -50,7 +50,7 @@ use kso_sys::tun::Tun;
 use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, numbers, remote, vsock};
 use kso_wire::guest::{GuestRequest, ToHost};
 use kso_wire::{
-    Caller, Errno, Family, LoopbackMode, MAX_PENDING, Protocol, Publication, SocketOptions, TunAddresses,
+    Caller, Errno, Family, LoopbackMode, MAX_PENDING, Network, Protocol, Publication, SocketOptions, TunAddresses,
 };
 use rustix::event::epoll;
 use std::collections::{HashMap, VecDeque};
@@ -71,6 +71,8 @@ pub struct GuestConfig {
     pub loopback: LoopbackMode,
     /// What is published.
     pub publish: Vec<Publication>,
+    /// Networks to which connections stay inside.
+    pub inside: Vec<Network>,
     /// Options of fresh TCP sockets: IPv4, IPv6.
     pub defaults: [Defaults; 2],
 }
