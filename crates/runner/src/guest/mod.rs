@@ -50,7 +50,8 @@ use kso_sys::tun::Tun;
 use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, numbers, remote, vsock};
 use kso_wire::guest::{GuestRequest, ToHost};
 use kso_wire::{
-    Caller, Errno, Family, LoopbackMode, MAX_PENDING, Network, Protocol, Publication, SocketOptions, TunAddresses,
+    Caller, Errno, Family, LoopbackMode, MAX_PENDING, Network, Protocol, Publication, SocketOptions,
+    TunAddresses,
 };
 use rustix::event::epoll;
 use std::collections::{HashMap, VecDeque};

@@ -244,7 +244,10 @@ fn kernel_parts(description: &str) -> Vec<String> {
         // The first of several that would do.
         .filter_map(|part| part.split_whitespace().next())
         .filter(|name| {
-            ["linux-image-", "linux-binary-", "linux-modules-"].iter().any(|kind| name.starts_with(kind))
+            // linux-base-RELEASE lists the modules; linux-base, without one, is tools.
+            ["linux-image-", "linux-binary-", "linux-modules-", "linux-base-"]
+                .iter()
+                .any(|kind| name.starts_with(kind))
         })
         .map(str::to_owned)
         .collect()
@@ -304,11 +307,15 @@ mod tests {
     #[test]
     fn a_kernel_may_come_in_parts() {
         let description = "Package: linux-image-7.2.3-cloud-amd64\nPre-Depends: linux-base\n\
-                           Depends: linux-binary-7.2.3-cloud-amd64 (= 7.2.3-1) | linux-image-x, linux-modules-7.2.3-cloud-amd64, kmod\n\
+                           Depends: linux-binary-7.2.3-cloud-amd64 (= 7.2.3-1) | linux-image-x, linux-modules-7.2.3-cloud-amd64, kmod, linux-base (>= 4), linux-base-7.2.3-cloud-amd64\n\
                            Recommends: linux-image-other\n";
         assert_eq!(
             kernel_parts(description),
-            ["linux-binary-7.2.3-cloud-amd64", "linux-modules-7.2.3-cloud-amd64"]
+            [
+                "linux-binary-7.2.3-cloud-amd64",
+                "linux-modules-7.2.3-cloud-amd64",
+                "linux-base-7.2.3-cloud-amd64"
+            ]
         );
     }
 }
