@@ -4,10 +4,13 @@
 //! offers safely is here, behind types that own their descriptors: the seccomp notifier ([`notify`]), memory
 //! and descriptors of other processes ([`remote`]), processes in namespaces ([`process`]), socket options by portable
 //! name ([`options`]), locks on sockets ([`lock`]), the TUN ([`tun`]), a guest's streams ([`vsock`]) and batches of datagrams ([`datagram`]).
+//! For the file service there are [`mod@file`] and [`fuse`].
 //! It takes no decisions.
 
 pub mod datagram;
 pub mod errno;
+pub mod file;
+pub mod fuse;
 pub mod launch;
 pub mod lock;
 pub mod notify;

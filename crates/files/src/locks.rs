@@ -1,0 +1,200 @@
+//! Locks that programs of several clients and of the host share.
+//!
+//! A POSIX lock belongs to a process of the client's; here each owner gets a descriptor of its own on the file, and the lock is
+//! one of that open file description (`F_OFD_SETLK`), so that the host's kernel sees each owner apart. flock(2) goes to the
+//! handle itself.
+//!
+//! ```text
+//!   SETLKW -- taken at once ---------------------------> reply
+//!     |  in the way                       ^
+//!     v                                   | taken, or INTERRUPT (EINTR), or too many (ENOLCK)
+//!   waiting -- retried when a lock of ours goes, and every few ms for the host's sake
+//! ```
+
+use crate::abi::FileLock;
+use crate::handles::Handle;
+use crate::inodes::{Inode, errno, lock};
+use crate::service::Service;
+use kso_sys::file::RangeLock;
+use rustix::fs::{FlockOperation, OFlags};
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::time::Duration;
+
+/// At most so many wait.
+const MAX_WAITING: usize = 1024;
+/// Owners of locks, each of which has a descriptor.
+const MAX_OWNERS: usize = 4096;
+/// Locks of the host's programs go without telling.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// Sends the replies of requests that had to wait.
+pub trait Completer: Send + Sync + std::fmt::Debug {
+    /// The request `unique` is answered: with an error of Linux's number, or 0.
+    fn complete(&self, unique: u64, error: i32);
+}
+
+/// A lock that is asked for.
+#[derive(Debug)]
+pub(crate) enum Wanted {
+    Range(Arc<OwnedFd>, RangeLock),
+    Whole(Arc<Handle>, FlockOperation),
+}
+
+impl Wanted {
+    /// Takes it, if nothing is in the way.
+    pub fn attempt(&self) -> Result<(), Errno> {
+        match self {
+            Self::Range(file, range) => range.set(file.as_fd()).map_err(|error| errno(&error)),
+            Self::Whole(handle, operation) => rustix::fs::flock(&handle.file, *operation),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    owners: HashMap<(u64, u64), Arc<OwnedFd>>,
+    waiting: Vec<(u64, Wanted)>,
+    running: bool,
+}
+
+/// The locks of a share.
+#[derive(Debug)]
+pub(crate) struct Locks {
+    state: Mutex<State>,
+    changed: Condvar,
+    completer: Arc<dyn Completer>,
+}
+
+/// The range of a request, whose end is part of it.
+pub(crate) fn range(lock: &FileLock) -> Result<RangeLock, Errno> {
+    let start = i64::try_from(lock.start).map_err(|_| Errno::INVAL)?;
+    let kind = i16::try_from(lock.kind).map_err(|_| Errno::INVAL)?;
+    let length = match i64::try_from(lock.end) {
+        Ok(i64::MAX) | Err(_) => 0,
+        Ok(end) if end >= start => end - start + 1,
+        Ok(_) => return Err(Errno::INVAL),
+    };
+    Ok(RangeLock { kind, start, length })
+}
+
+/// A lock that is in the way, and whose it is.
+pub(crate) fn conflict(file: &OwnedFd, range: RangeLock) -> Result<Option<(RangeLock, i32)>, Errno> {
+    range.conflict(file.as_fd()).map_err(|error| errno(&error))
+}
+
+impl Locks {
+    pub fn new(completer: Arc<dyn Completer>) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), completer })
+    }
+
+    /// The descriptor by which an owner holds its locks of a file.
+    pub fn owned(&self, service: &Service, inode: &Inode, owner: u64) -> Result<Arc<OwnedFd>, Errno> {
+        let key = (inode.id, owner);
+        if let Some(file) = lock(&self.state).owners.get(&key) {
+            return Ok(file.clone());
+        }
+        let file = match service.reopen(inode, OFlags::RDWR) {
+            Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) => {
+                service.reopen(inode, OFlags::RDONLY)?
+            }
+            result => result?,
+        };
+        let mut state = lock(&self.state);
+        if state.owners.len() >= MAX_OWNERS {
+            return Err(Errno::NOLCK);
+        }
+        Ok(state.owners.entry(key).or_insert_with(|| Arc::new(file)).clone())
+    }
+
+    /// All locks of an owner on a file end.
+    pub fn release(self: &Arc<Self>, inode: &Inode, owner: u64) {
+        let mut state = lock(&self.state);
+        let file = state.owners.remove(&(inode.id, owner));
+        let waiting = !state.waiting.is_empty();
+        drop(state);
+        drop(file);
+        if waiting {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Something that was in the way may be gone.
+    pub fn retry(&self) {
+        if !lock(&self.state).waiting.is_empty() {
+            self.changed.notify_one();
+        }
+    }
+
+    /// The request waits. Without limit this would hold memory of ours, and slots of the queue.
+    pub fn wait(self: &Arc<Self>, unique: u64, wanted: Wanted) -> Result<(), Errno> {
+        let mut state = lock(&self.state);
+        if state.waiting.len() >= MAX_WAITING {
+            return Err(Errno::NOLCK);
+        }
+        state.waiting.push((unique, wanted));
+        if !state.running {
+            let locks = Arc::downgrade(self);
+            std::thread::Builder::new()
+                .name("kso-locks".into())
+                .spawn(move || serve(&locks))
+                .map_err(|error| errno(&error))?;
+            state.running = true;
+        }
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// A signal came for the one who waits.
+    pub fn interrupt(&self, unique: u64) {
+        let mut state = lock(&self.state);
+        let Some(at) = state.waiting.iter().position(|(waiting, _)| *waiting == unique) else { return };
+        let wanted = state.waiting.swap_remove(at);
+        drop(state);
+        drop(wanted);
+        self.completer.complete(unique, Errno::INTR.raw_os_error());
+    }
+
+    /// The client is gone.
+    pub fn clear(&self) {
+        let mut state = lock(&self.state);
+        let before = (std::mem::take(&mut state.owners), std::mem::take(&mut state.waiting));
+        drop(state);
+        drop(before);
+        self.changed.notify_one();
+    }
+
+    /// Tries all that wait, and tells whether some still do.
+    fn attempt_all(&self) -> bool {
+        let mut done = Vec::new();
+        let mut state = lock(&self.state);
+        state.waiting.retain(|(unique, wanted)| match wanted.attempt() {
+            Err(Errno::AGAIN | Errno::ACCESS) => true,
+            result => {
+                done.push((*unique, result.err().map_or(0, Errno::raw_os_error)));
+                false
+            }
+        });
+        let more = !state.waiting.is_empty();
+        state.running = more;
+        drop(state);
+        for (unique, error) in done {
+            self.completer.complete(unique, error);
+        }
+        more
+    }
+}
+
+/// A thread that lives as long as somebody waits.
+fn serve(locks: &Weak<Locks>) {
+    while let Some(locks) = locks.upgrade() {
+        if !locks.attempt_all() {
+            return;
+        }
+        let state = lock(&locks.state);
+        drop(locks.changed.wait_timeout(state, RETRY));
+    }
+}

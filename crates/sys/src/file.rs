@@ -1,0 +1,242 @@
+//! Files: scattered I/O on memory that others may change, handles of inodes, locks of open file descriptions.
+//!
+//! Sources: readv(2), open_by_handle_at(2), fcntl(2), ioctl_iflags(2).
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use vm_memory::VolatileSlice;
+
+/// At most so many pieces are read or written by one call (`UIO_MAXIOV`).
+const MAX_PIECES: usize = 1024;
+
+/// Appends, whatever the offset is (Linux 4.16).
+pub const APPEND: i32 = libc::RWF_APPEND;
+/// As `O_DSYNC`, for one write.
+pub const DSYNC: i32 = libc::RWF_DSYNC;
+/// As `O_SYNC`, for one write.
+pub const SYNC: i32 = libc::RWF_SYNC;
+
+fn vectors(pieces: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
+    let pieces = pieces.iter().take(MAX_PIECES);
+    pieces
+        .map(|piece| libc::iovec { iov_base: piece.ptr_guard_mut().as_ptr().cast(), iov_len: piece.len() })
+        .collect()
+}
+
+fn count(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Reads from `offset` of a file into `pieces`, and tells how many bytes (preadv(2)).
+///
+/// # Errors
+/// What the kernel says.
+pub fn read_at(file: BorrowedFd<'_>, pieces: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+    let vectors = vectors(pieces);
+    // SAFETY: each vector names memory that its slice guarantees to be mapped and writable for as long as it
+    // lives; that others see it change is what a volatile slice is for.
+    count(unsafe {
+        libc::preadv(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, offset.cast_signed())
+    })
+}
+
+/// Writes `pieces` at `offset` of a file, and tells how many bytes (pwritev2(2)). `flags` of [`APPEND`], [`DSYNC`], [`SYNC`].
+///
+/// # Errors
+/// What the kernel says.
+pub fn write_at(
+    file: BorrowedFd<'_>,
+    pieces: &[VolatileSlice<'_>],
+    offset: u64,
+    flags: i32,
+) -> io::Result<usize> {
+    let vectors = vectors(pieces);
+    // SAFETY: as in `read_at`; the memory is only read.
+    count(unsafe {
+        libc::pwritev2(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, offset.cast_signed(), flags)
+    })
+}
+
+/// Most bytes of a handle (`MAX_HANDLE_SZ`).
+const MAX_HANDLE: usize = 128;
+
+/// Names an inode of a file system beyond the life of a descriptor (name_to_handle_at(2)).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FileHandle {
+    kind: i32,
+    bytes: Box<[u8]>,
+}
+
+#[repr(C)]
+struct RawHandle {
+    header: libc::file_handle,
+    bytes: [u8; MAX_HANDLE],
+}
+
+impl FileHandle {
+    /// The handle of what `file` is open on, `O_PATH` included.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP`: its file system has none.
+    pub fn of(file: BorrowedFd<'_>) -> io::Result<Self> {
+        let mut raw = RawHandle {
+            header: libc::file_handle { handle_bytes: MAX_HANDLE as u32, handle_type: 0, f_handle: [] },
+            bytes: [0; MAX_HANDLE],
+        };
+        let mut mount = 0;
+        // SAFETY: the kernel writes at most `handle_bytes` bytes behind the header, where there are as many, and
+        // one int.
+        let result = unsafe {
+            libc::name_to_handle_at(
+                file.as_raw_fd(),
+                c"".as_ptr(),
+                (&raw mut raw).cast(),
+                &raw mut mount,
+                libc::AT_EMPTY_PATH,
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let length = (raw.header.handle_bytes as usize).min(MAX_HANDLE);
+        let bytes = raw.bytes.get(..length).unwrap_or_default().into();
+        Ok(Self { kind: raw.header.handle_type, bytes })
+    }
+
+    /// Opens the inode. `mount` is open on anything of its file system, and not `O_PATH`. Needs
+    /// `CAP_DAC_READ_SEARCH`.
+    ///
+    /// # Errors
+    /// `ESTALE`: it is gone. What open(2) says.
+    pub fn open(&self, mount: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
+        let mut raw = RawHandle {
+            header: libc::file_handle {
+                handle_bytes: self.bytes.len() as u32,
+                handle_type: self.kind,
+                f_handle: [],
+            },
+            bytes: [0; MAX_HANDLE],
+        };
+        for (to, from) in raw.bytes.iter_mut().zip(&self.bytes) {
+            *to = *from;
+        }
+        // SAFETY: the kernel reads the header and the bytes that it counts, and returns a new descriptor.
+        unsafe {
+            let result =
+                libc::open_by_handle_at(mount.as_raw_fd(), (&raw mut raw).cast(), flags | libc::O_CLOEXEC);
+            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(result)) }
+        }
+    }
+}
+
+/// A lock of a range of a file. `kind` is `F_RDLCK`, `F_WRLCK` or `F_UNLCK`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeLock {
+    /// See above.
+    pub kind: i16,
+    /// First byte.
+    pub start: i64,
+    /// Bytes; 0 for all that follow.
+    pub length: i64,
+}
+
+impl RangeLock {
+    fn raw(self) -> libc::flock {
+        libc::flock {
+            l_type: self.kind,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: self.start,
+            l_len: self.length,
+            l_pid: 0,
+        }
+    }
+
+    /// Takes or drops it for the open file description, without waiting (`F_OFD_SETLK`).
+    ///
+    /// # Errors
+    /// `EAGAIN`: somebody else has it.
+    pub fn set(self, file: BorrowedFd<'_>) -> io::Result<()> {
+        let raw = self.raw();
+        // SAFETY: the kernel reads one flock.
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const raw) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// A lock that is in its way, and the process that has it, if it is one's (`F_OFD_GETLK`).
+    ///
+    /// # Errors
+    /// What fcntl(2) says.
+    pub fn conflict(self, file: BorrowedFd<'_>) -> io::Result<Option<(Self, i32)>> {
+        let mut raw = self.raw();
+        // SAFETY: the kernel reads and writes one flock.
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut raw) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let found = Self { kind: raw.l_type, start: raw.l_start, length: raw.l_len };
+        Ok((i32::from(raw.l_type) != libc::F_UNLCK).then_some((found, raw.l_pid)))
+    }
+}
+
+/// `struct fsxattr` (ioctl `FS_IOC_FSGETXATTR`), as bytes: it is only passed through.
+pub const FSXATTR: usize = 28;
+
+/// Reads the inode flags of a file (`FS_IOC_GETFLAGS`).
+///
+/// # Errors
+/// `ENOTTY`: its file system has none.
+pub fn flags(file: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut flags: libc::c_long = 0;
+    // SAFETY: the kernel writes an int; the buffer is not smaller.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS as _, &raw mut flags) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(flags as u32) }
+}
+
+/// Reads the extended inode flags of a file (`FS_IOC_FSGETXATTR`).
+///
+/// # Errors
+/// `ENOTTY`: its file system has none.
+pub fn extended_flags(file: BorrowedFd<'_>) -> io::Result<[u8; FSXATTR]> {
+    let mut bytes = [0u32; FSXATTR / 4];
+    /// `_IOR('X', 31, struct fsxattr)`.
+    const FS_IOC_FSGETXATTR: u64 = 0x801c_581f;
+    // SAFETY: the kernel writes one fsxattr, which has this size and the alignment of an int.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FSGETXATTR as _, bytes.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut all = [0; FSXATTR];
+    for (to, from) in all.iter_mut().zip(bytes.iter().flat_map(|word| word.to_ne_bytes())) {
+        *to = from;
+    }
+    Ok(all)
+}
+
+/// The user and group by which the calling thread's access to files is judged (setfsuid(2)).
+///
+/// # Errors
+/// `EPERM`: the kernel did not take them.
+pub fn act_as(user: u32, group: u32) -> io::Result<()> {
+    // SAFETY: no memory is involved; both calls are of the thread only. They return the value of before, and
+    // a second call with an impossible value tells what was set.
+    let (now_group, now_user) = unsafe {
+        libc::setfsgid(group);
+        libc::setfsuid(user);
+        (libc::setfsgid(u32::MAX), libc::setfsuid(u32::MAX))
+    };
+    if now_group.cast_unsigned() == group && now_user.cast_unsigned() == user {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(libc::EPERM))
+    }
+}
+
+/// Gives the calling thread an umask and a working directory of its own (unshare(2), `CLONE_FS`).
+///
+/// # Errors
+/// None known.
+pub fn own_umask() -> io::Result<()> {
+    // SAFETY: what this thread no longer shares is no memory.
+    let result = unsafe { libc::unshare(libc::CLONE_FS) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
