@@ -62,6 +62,14 @@ impl Addresses {
     }
 }
 
+/// All there are now.
+///
+/// # Errors
+/// Netlink is not there.
+pub fn all() -> io::Result<Vec<IpAddr>> {
+    Ok(read()?.into_iter().collect())
+}
+
 fn read() -> io::Result<HashSet<IpAddr>> {
     let mut own = HashSet::new();
     Netlink::open(None, 0)?.dump(GET_ADDRESSES, &[0; HEADER], |message| own.extend(parse(message)))?;

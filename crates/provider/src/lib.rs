@@ -5,16 +5,23 @@
 //! still live without holding them ([`alive`]), and looks at the kernel: its own addresses ([`addresses`]),
 //! its sockets ([`diagnostics`]) and processes ([`processes`]).
 //!
+//! For a broker on another kernel it is a process: [`server`] performs what comes over a [`channel`], [`client`] is the
+//! broker's end of that, and [`relay`] joins a socket with its stream.
+//!
 //! No call blocks, and no descriptor stays here that was handed out.
 #![forbid(unsafe_code)]
 
 pub mod addresses;
 pub mod alive;
+pub mod channel;
+pub mod client;
 pub mod datagram;
 pub mod diagnostics;
 pub mod echo;
 mod netlink;
 pub mod processes;
+pub mod relay;
+pub mod server;
 pub mod stream;
 
 use kso_wire::{Errno, Family};

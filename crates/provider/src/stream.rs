@@ -87,6 +87,24 @@ pub fn connect_reserved(socket: &OwnedFd, order: &Order<'_>) -> Result<(), Errno
     start(socket, order)
 }
 
+/// As [`connect`], on behalf of a kernel elsewhere. It sends at once what it is given: the program's own kernel gathered
+/// already what is to be gathered. The port is a demand.
+///
+/// # Errors
+/// As [`connect`].
+pub fn connect_relayed(order: &Order<'_>) -> Result<OwnedFd, Errno> {
+    let socket = fresh(order.family)?;
+    apply(&socket, order.options)?;
+    sockopt::set_tcp_nodelay(&socket, true).map_err(errno)?;
+    if let Some(port) = order.port {
+        // Connections of the same port to other peers, and those in TIME_WAIT, are no obstacle.
+        sockopt::set_socket_reuseaddr(&socket, true).map_err(errno)?;
+        rustix::net::bind(&socket, &SocketAddr::new(unspecified(order.family), port)).map_err(errno)?;
+    }
+    start(&socket, order)?;
+    Ok(socket)
+}
+
 fn start(socket: &OwnedFd, order: &Order<'_>) -> Result<(), Errno> {
     if order.holder == Holder::Program {
         lock::lock_to_peer(socket.as_fd(), order.peer).map_err(|error| kso_sys::errno::of(&error))?;

@@ -4,7 +4,7 @@
 //! offers safely is here, behind types that own their descriptors: the seccomp notifier ([`notify`]), memory
 //! and descriptors of other processes ([`remote`]), processes in namespaces ([`process`]), socket options by portable
 //! name ([`options`]), locks on sockets ([`lock`]), the TUN ([`tun`]), a guest's streams ([`vsock`]) and batches of datagrams ([`datagram`]).
-//! For the file service there are [`mod@file`] and [`fuse`].
+//! Sockets of another kernel have stand-ins here ([`standin`]). For the file service there are [`mod@file`] and [`fuse`].
 //! It takes no decisions.
 
 pub mod datagram;
@@ -19,6 +19,7 @@ pub mod options;
 pub mod process;
 pub mod provide;
 pub mod remote;
+pub mod standin;
 pub mod tun;
 pub mod vsock;
 

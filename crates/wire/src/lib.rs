@@ -3,7 +3,8 @@
 //! This crate says *what* crosses a boundary between kernels and how it looks in bytes: requests and replies
 //! ([`message`]), socket options by portable names ([`options`]), error numbers that mean the same on every
 //! kernel ([`errno`]), and the bounded, versioned framing ([`codec`]; [`frame`] on byte streams). [`link`] is the seam behind
-//! which a broker is reached in the same process or over a socket; a guest's runner speaks [`guest`], its init [`job`].
+//! which a broker is reached in the same process or over a socket; a guest's runner speaks [`guest`], its init
+//! [`job`]; a provider on another kernel [`provide`].
 //!
 //! It performs no I/O, knows no kernel's constants and has no unsafe code.
 #![forbid(unsafe_code)]
@@ -17,6 +18,7 @@ pub mod link;
 pub mod message;
 pub mod network;
 pub mod options;
+pub mod provide;
 
 pub use codec::{CodecError, MAX_MESSAGE, VERSION, decode, encode};
 pub use errno::Errno;
