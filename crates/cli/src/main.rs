@@ -33,15 +33,21 @@ enum Command {
     Ps(commands::ps::PsArgs),
     /// Follow what sessions do: one line for each connect, listen, accept, resolve and denial
     Trace(commands::trace::TraceArgs),
+    /// List the kernels that guests can run, or fetch one
+    Kernels(commands::kernels::KernelsArgs),
 }
 
 fn main() -> ExitCode {
+    if kso_guest::is_init() {
+        kso_guest::main(output::init_guest_logs);
+    }
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(args) => commands::run::run(args),
         Command::Broker(args) => commands::broker::run(args),
         Command::Ps(args) => commands::ps::run(args),
         Command::Trace(args) => commands::trace::run(args),
+        Command::Kernels(args) => commands::kernels::run(args),
     };
     result.unwrap_or_else(|error| {
         output::error(&error);

@@ -11,7 +11,15 @@ pub fn init_logs(verbosity: u8) {
         2 => "debug",
         _ => "trace",
     };
-    let filter = EnvFilter::try_from_env("KSO_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    start_logs(EnvFilter::try_from_env("KSO_LOG").unwrap_or_else(|_| EnvFilter::new(default)));
+}
+
+/// Logs of a guest go to its console, at the level that the launcher told.
+pub fn init_guest_logs(level: &str) {
+    start_logs(EnvFilter::new(level));
+}
+
+fn start_logs(filter: EnvFilter) {
     // A second call (in a test) changes nothing.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -222,8 +222,11 @@ impl Pump {
     }
 }
 
+/// Of our own terminal only: the master of another session's says EIO when nobody has its other side open.
 fn in_background(terminal: &Stream) -> bool {
-    rustix::termios::tcgetpgrp(terminal).is_ok_and(|group| group != rustix::process::getpgrp())
+    let ours = rustix::process::getsid(None);
+    let controls_us = rustix::termios::tcgetsid(terminal).is_ok_and(|session| ours == Ok(session));
+    controls_us && rustix::termios::tcgetpgrp(terminal).is_ok_and(|group| group != rustix::process::getpgrp())
 }
 
 #[cfg(test)]

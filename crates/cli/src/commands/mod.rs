@@ -2,6 +2,7 @@
 
 pub mod broker;
 mod control;
+pub mod kernels;
 pub mod ps;
 pub mod run;
 pub mod trace;

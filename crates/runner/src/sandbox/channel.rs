@@ -7,7 +7,7 @@ use rustix::net::{
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Longest text of a failure, bytes.
 const MAX_TEXT: usize = 1024;
@@ -16,7 +16,7 @@ const MAX_DESCRIPTORS: usize = 3;
 
 /// See the picture in [`super`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Message {
+pub(crate) enum Message {
     Mapped,
     Ready,
     Started,
@@ -25,18 +25,24 @@ pub(super) enum Message {
     Failed(String),
 }
 
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// One end.
 #[derive(Debug)]
-pub(super) struct Channel(OwnedFd);
+pub(crate) struct Channel(OwnedFd);
 
 impl Channel {
-    pub(super) fn pair() -> io::Result<(Self, Self)> {
+    pub(crate) fn pair() -> io::Result<(Self, Self)> {
         let (one, other) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Self(one), Self(other)))
     }
 
-    pub(super) fn send(&self, message: Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    pub(crate) fn send(&self, message: Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let (tag, mut text) = match message {
             Message::Mapped => (b'M', String::new()),
             Message::Ready => (b'R', String::new()),
@@ -59,7 +65,7 @@ impl Channel {
     }
 
     /// The next message. `None`: the other end is gone.
-    pub(super) fn receive(&self) -> io::Result<Option<(Message, VecDeque<OwnedFd>)>> {
+    pub(crate) fn receive(&self) -> io::Result<Option<(Message, VecDeque<OwnedFd>)>> {
         let mut bytes = [0; MAX_TEXT + 1];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -94,7 +100,6 @@ impl Channel {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     #[test]
     fn messages_and_descriptors_arrive_in_order_and_the_end_is_seen() {

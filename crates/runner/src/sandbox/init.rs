@@ -128,5 +128,10 @@ fn run(config: &SandboxConfig, channel: &Channel, signals: &Signals) -> i32 {
     signals.restore_mask();
     let error = command.exec();
     eprintln!("kso: cannot run {}: {error}", program.display());
+    not_executed(&error)
+}
+
+/// The status to end with when a program could not be executed.
+pub(crate) fn not_executed(error: &io::Error) -> i32 {
     if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_EXECUTABLE }
 }

@@ -15,9 +15,9 @@
 //! Init dies with the supervisor, and with init every process of its pid namespace: whatever is killed, and
 //! how, nothing stays behind.
 
-mod channel;
+pub(crate) mod channel;
 mod identity;
-mod init;
+pub(crate) mod init;
 mod mounts;
 
 use channel::{Channel, Message};

@@ -1,0 +1,36 @@
+//! Streams to the host.
+
+use socket2::{Domain, SockAddr, Socket, Type};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// The host's CID (vsock(7), `VMADDR_CID_HOST`).
+const HOST: u32 = 2;
+/// The device shows up within this time.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked for.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Connects to a port of `kso_wire::guest::ports`.
+pub fn connect(port: u32) -> io::Result<OwnedFd> {
+    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    socket.connect(&SockAddr::vsock(HOST, port))?;
+    Ok(socket.into())
+}
+
+/// The same, where the device may not be there yet.
+pub fn connect_first(port: u32) -> io::Result<OwnedFd> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match connect(port) {
+            // ENODEV: no transport yet.
+            Err(error) if error.raw_os_error() == Some(NO_DEVICE) && Instant::now() < until => {
+                std::thread::sleep(PAUSE);
+            }
+            done => return done,
+        }
+    }
+}
+
+const NO_DEVICE: i32 = rustix::io::Errno::NODEV.raw_os_error();
