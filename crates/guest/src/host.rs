@@ -1,12 +1,10 @@
 //! Streams to the host.
 
-use socket2::{Domain, SockAddr, Socket, Type};
+use kso_sys::vsock;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// The host's CID (vsock(7), `VMADDR_CID_HOST`).
-const HOST: u32 = 2;
 /// The device shows up within this time.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked for.
@@ -14,9 +12,9 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// Connects to a port of `kso_wire::guest::ports`.
 pub fn connect(port: u32) -> io::Result<OwnedFd> {
-    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
-    socket.connect(&SockAddr::vsock(HOST, port))?;
-    Ok(socket.into())
+    let socket = vsock::socket()?;
+    vsock::connect(socket.as_fd(), vsock::Address { cid: vsock::CID_HOST, port })?;
+    Ok(socket)
 }
 
 /// The same, where the device may not be there yet.

@@ -1,16 +1,20 @@
 //! Init's course, from the first step to the last.
 
 use crate::job::{Heard, Job};
+use crate::machine::Network;
 use crate::streams::{PUMPS, Streams};
 use crate::{boot, host, machine, mounts};
 use kso_runner::program::{NotStarted, Program, ProgramConfig};
+use kso_runner::{GuestConfig, GuestRunner, GuestStreams, guest};
 use kso_sys::process::Signals;
+use kso_sys::tun::Tun;
 use kso_wire::guest::ports;
 use kso_wire::job::{Bytes, Ended, Start, ToInit, ToLauncher};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, wait};
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
@@ -61,6 +65,7 @@ struct Guest {
     program: Program,
     pid: Pid,
     streams: Streams,
+    runner: GuestRunner,
     started: bool,
     ended: Option<Ended>,
 }
@@ -69,7 +74,7 @@ impl Guest {
     /// Makes the machine what it is to be, and starts the program.
     fn begin(start: &Start, job: &Job) -> Result<Self, NotStarted> {
         machine::settle(start).map_err(failed)?;
-        let _tun = machine::network(start).map_err(failed)?;
+        let network = machine::network(start).map_err(failed)?;
         mounts::arrange(start).map_err(failed)?;
         let directory = PathBuf::from(word(&start.directory));
         fs::create_dir_all(&directory).map_err(|error| {
@@ -82,11 +87,12 @@ impl Guest {
             environment: start.environment.iter().map(|(name, value)| (word(name), word(value))).collect(),
             directory,
             identity: Some((start.user, start.group, start.groups.clone())),
-            filter: vec![],
+            filter: guest::rules(GuestConfig::publishing(&start.publish, start.loopback), start.io_uring),
             open_files: start.open_files,
         };
-        let program = Program::start(&config, &signals, || inner.take())?;
+        let mut program = Program::start(&config, &signals, || inner.take())?;
         drop(inner);
+        let runner = runner(start, network, program.notifier.take()).map_err(broken)?;
         let pid =
             i32::try_from(program.child.pid).ok().and_then(Pid::from_raw).ok_or_else(|| broken("no pid"))?;
         let events = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(broken)?;
@@ -98,28 +104,17 @@ impl Guest {
         watch(program.started_fd(), STARTED)?;
         streams.run(&events, None).map_err(broken)?;
         program.go().map_err(broken)?;
-        Ok(Self { events, signals, program, pid, streams, started: false, ended: None })
+        Ok(Self { events, signals, program, pid, streams, runner, started: false, ended: None })
     }
 
     /// Serves until the program has ended and its output is on its way. `None`: the launcher is gone.
     fn serve(&mut self, job: &mut Job) -> Result<Option<Ended>, NotStarted> {
         loop {
-            let mut events = Vec::with_capacity(EVENTS);
-            match epoll::wait(&self.events, rustix::buffer::spare_capacity(&mut events), None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(broken(error)),
+            if !self.runner.wait(self.events.as_fd(), None).map_err(broken)? {
+                continue;
             }
-            for event in &events {
-                match event.data.u64() {
-                    SIGNALS => self.reap(job)?,
-                    JOB => {
-                        if !self.obey(job) {
-                            return Ok(None);
-                        }
-                    }
-                    STARTED => self.has_started(job)?,
-                    number => self.streams.run(&self.events, Some(number)).map_err(broken)?,
-                }
+            if !self.serve_events(job)? {
+                return Ok(None);
             }
             if let Some(ended) = self.ended
                 && self.streams.is_drained()
@@ -127,6 +122,29 @@ impl Guest {
                 return Ok(Some(ended));
             }
         }
+    }
+
+    /// Serves what is init's own. False: the launcher is gone.
+    fn serve_events(&mut self, job: &mut Job) -> Result<bool, NotStarted> {
+        let mut events = Vec::with_capacity(EVENTS);
+        let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        match epoll::wait(&self.events, rustix::buffer::spare_capacity(&mut events), Some(&zero)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(broken(error)),
+        }
+        for event in &events {
+            match event.data.u64() {
+                SIGNALS => self.reap(job)?,
+                JOB => {
+                    if !self.obey(job) {
+                        return Ok(false);
+                    }
+                }
+                STARTED => self.has_started(job)?,
+                number => self.streams.run(&self.events, Some(number)).map_err(broken)?,
+            }
+        }
+        Ok(true)
     }
 
     fn has_started(&mut self, job: &Job) -> Result<(), NotStarted> {
@@ -181,6 +199,24 @@ impl Guest {
             tracing::debug!(%error, number, "the program did not get a signal");
         }
     }
+}
+
+/// The runner, welcome at the broker.
+fn runner(start: &Start, network: Network, notifier: Option<OwnedFd>) -> io::Result<GuestRunner> {
+    let streams = GuestStreams {
+        notifier: notifier.ok_or(io::ErrorKind::NotFound)?,
+        control: host::connect(ports::CONTROL)?,
+        tun: Tun::from_fd(network.tun)?,
+        packets: host::connect(ports::PACKETS)?,
+    };
+    let config = GuestConfig {
+        tun: start.tun,
+        loopback: start.loopback,
+        publish: start.publish.clone(),
+        inside: start.inside.clone(),
+        defaults: network.defaults,
+    };
+    GuestRunner::new(streams, config)
 }
 
 fn word(bytes: &Bytes) -> OsString {

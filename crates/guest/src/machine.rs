@@ -1,10 +1,13 @@
 //! What a guest is besides its files: name, clock, network, limits.
 
+use kso_sys::options::Defaults;
 use kso_sys::{process, tun};
+use kso_wire::Family;
 use kso_wire::job::Start;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::time::{ClockId, Timespec};
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 /// The TUN's name.
 const TUN: &str = "kso0";
@@ -51,9 +54,23 @@ pub fn settle(start: &Start) -> Result<(), String> {
     Ok(())
 }
 
+/// The guest's network.
+pub struct Network {
+    /// The TUN.
+    pub tun: OwnedFd,
+    /// Options of fresh TCP sockets: IPv4, IPv6.
+    pub defaults: [Defaults; 2],
+}
+
 /// Brings up loopback and the TUN.
-pub fn network(start: &Start) -> Result<OwnedFd, String> {
-    let made = tun::create(TUN).map_err(|error| format!("cannot make the TUN: {error}"))?;
+pub fn network(start: &Start) -> Result<Network, String> {
+    let tun = tun::create(TUN).map_err(|error| format!("cannot make the TUN: {error}"))?;
     tun::configure(TUN, &start.tun, MTU).map_err(|error| format!("cannot set up the network: {error}"))?;
-    Ok(made)
+    let fresh = |family| {
+        socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(|error| format!("cannot make a socket: {error}"))
+    };
+    let (v4, v6) = (fresh(AddressFamily::INET)?, fresh(AddressFamily::INET6)?);
+    let defaults = [Defaults::of(v4.as_fd(), Family::V4), Defaults::of(v6.as_fd(), Family::V6)];
+    Ok(Network { tun, defaults })
 }

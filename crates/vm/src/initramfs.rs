@@ -49,12 +49,14 @@ pub fn compose(kernel: &Kernel, kind: MachineKind, modules: &[String]) -> Result
     let directory =
         cache::directory().map_err(|source| failed(Path::new("the cache"), source))?.join("initramfs");
     let own = Path::new("/proc/self/exe");
+    let identify = |path: &Path| identity(path).map_err(|source| failed(path, source));
+    let (modules_identity, own_identity) = (identify(&kernel.modules)?, identify(own)?);
     let key = cache::key([
         VERSION.as_bytes(),
         kernel.release.as_bytes(),
         kind.name().as_bytes(),
-        identity(&kernel.modules).as_bytes(),
-        identity(own).as_bytes(),
+        modules_identity.as_bytes(),
+        own_identity.as_bytes(),
         modules.join(" ").as_bytes(),
     ]);
     let path = directory.join(format!("{}-{key}.cpio", kernel.release));
@@ -83,14 +85,10 @@ pub fn compose(kernel: &Kernel, kind: MachineKind, modules: &[String]) -> Result
 }
 
 /// What changes with a file's contents, without reading it.
-fn identity(path: &Path) -> String {
-    match fs::metadata(path) {
-        Ok(file) => {
-            let modified = (file.mtime(), file.mtime_nsec());
-            format!("{} {} {} {modified:?} {}", file.dev(), file.ino(), file.size(), path.display())
-        }
-        Err(error) => error.to_string(),
-    }
+pub(crate) fn identity(path: &Path) -> io::Result<String> {
+    let file = fs::metadata(path)?;
+    let modified = (file.mtime(), file.mtime_nsec());
+    Ok(format!("{} {} {} {modified:?} {}", file.dev(), file.ino(), file.size(), path.display()))
 }
 
 fn forget_oldest(directory: &Path) {

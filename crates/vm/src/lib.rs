@@ -14,6 +14,7 @@
 //! nothing of the broker, of devices or of policy: it is given the sockets of the devices.
 #![forbid(unsafe_code)]
 
+mod accelerator;
 mod attachment;
 mod cache;
 mod cpio;
@@ -25,6 +26,7 @@ mod machine;
 mod modules;
 mod qemu;
 
+pub use accelerator::accelerator;
 pub use attachment::{AttachOptions, Attachment, Ends, Outcome};
 pub use job::{Job, JobEvent};
 pub use kernels::{Choice, Kernel, KernelError};
