@@ -4,4 +4,5 @@
 //! opened for them; they know nothing of policy, names or sessions.
 #![forbid(unsafe_code)]
 
+pub mod vhost;
 pub mod vsock;

@@ -3,7 +3,8 @@
 //! The crates above forbid unsafe code; what they need from the kernel and neither `std`, rustix nor socket2
 //! offers safely is here, behind types that own their descriptors: the seccomp notifier ([`notify`]), memory
 //! and descriptors of other processes ([`remote`]), processes in namespaces ([`process`]), socket options by portable
-//! name ([`options`]), locks on sockets ([`lock`]), the TUN ([`tun`]), a guest's streams ([`vsock`]) and batches of datagrams ([`datagram`]).
+//! name ([`options`]), locks on sockets ([`lock`]), the TUN ([`tun`]), a guest's streams ([`vsock`]) and
+//! memory ([`guest_memory`]), and batches of datagrams ([`datagram`]).
 //! Sockets of another kernel have stand-ins here ([`standin`]). For the file service there are [`mod@file`] and [`fuse`].
 //! It takes no decisions.
 
@@ -11,6 +12,7 @@ pub mod datagram;
 pub mod errno;
 pub mod file;
 pub mod fuse;
+pub mod guest_memory;
 pub mod launch;
 pub mod lock;
 pub mod notify;
