@@ -5,7 +5,7 @@ use kso_devices::vsock::{End, Endpoint, GuestId, Hub, Limits, Outside, Verdict};
 use kso_wire::Errno;
 use kso_wire::guest::{StreamKey, address_of, ports};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, Socket, Type};
 use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -74,7 +74,8 @@ impl Outside for Broker {
     }
 
     fn ended(&mut self, guest: GuestId, stream: StreamKey, end: End) {
-        assert!(self.open.remove(&(guest, stream)), "{stream:?} was not open");
+        let control = stream.peer_cid == 2;
+        assert!(control || self.open.remove(&(guest, stream)), "{stream:?} was not open");
         self.ended += 1;
         if self.verbose {
             eprintln!("ended {stream:?} {end:?}");
@@ -103,7 +104,7 @@ pub fn tsc_khz() -> u64 {
     (line.split(':').nth(1).unwrap().trim().parse::<f64>().unwrap() * 500.0) as u64
 }
 
-fn qemu(kernel: &PathBuf, initrd: &PathBuf, socket: &PathBuf, words: &str) -> Child {
+fn qemu(kernel: &PathBuf, initrd: &PathBuf, socket: &PathBuf, words: &str) -> Vmm {
     let mut command = Command::new("qemu-system-x86_64");
     let append = format!(
         "console=ttyS0 panic=-1 quiet tsc=reliable tsc_early_khz={} {} -- {words}",
@@ -112,8 +113,21 @@ fn qemu(kernel: &PathBuf, initrd: &PathBuf, socket: &PathBuf, words: &str) -> Ch
     );
     command
         .args(["-M", "microvm,accel=tcg,rtc=on,memory-backend=mem"])
-        .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-m", "512", "-smp", "1,maxcpus=2"])
-        .args(["-cpu", "max,-erms,-smap,-smep,-la57,-pku,-umip", "-no-reboot", "-nodefaults", "-no-user-config"])
+        .args([
+            "-object",
+            "memory-backend-memfd,id=mem,size=512M,share=on",
+            "-m",
+            "512",
+            "-smp",
+            "1,maxcpus=2",
+        ])
+        .args([
+            "-cpu",
+            "max,-erms,-smap,-smep,-la57,-pku,-umip",
+            "-no-reboot",
+            "-nodefaults",
+            "-no-user-config",
+        ])
         .args(["-global", "virtio-mmio.force-legacy=false", "-serial", "stdio", "-display", "none"])
         .arg("-kernel")
         .arg(kernel)
@@ -129,10 +143,24 @@ fn qemu(kernel: &PathBuf, initrd: &PathBuf, socket: &PathBuf, words: &str) -> Ch
             .args(["-netdev", &format!("tap,id=n0,ifname={tap},script=no,downscript=no")])
             .args(["-device", "virtio-net-device,netdev=n0"]);
     }
-    command.spawn().expect("qemu-system-x86_64")
+    Vmm(command.spawn().expect("qemu-system-x86_64"))
+}
+
+/// Ends with this program, also when a check fails.
+struct Vmm(Child);
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 pub fn run(mode: &str) -> i32 {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(std::env::var("KSO_LOG").unwrap_or("warn".into()))
+        .init();
     let kernel = PathBuf::from(std::env::var("KSO_KERNEL").unwrap_or("/tmp/kernels/6.1".into()));
     let scratch = tempfile::tempdir().unwrap();
     let initrd = scratch.path().join("initrd");
@@ -152,11 +180,22 @@ pub fn run(mode: &str) -> i32 {
 
     let started = Instant::now();
     let limit = Duration::from_secs(std::env::var("KSO_SECONDS").map_or(120, |text| text.parse().unwrap()));
-    while !broker.gone {
+    let status = loop {
+        if broker.gone
+            && let Some(status) = vmm.0.try_wait().unwrap()
+        {
+            break status;
+        }
         assert!(started.elapsed() < limit, "the guest takes too long");
         let wait = hub.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
-        let wait = Timespec::try_from(wait.unwrap_or(Duration::from_secs(1))).unwrap();
-        let mut polled = [PollFd::new(&published, PollFlags::IN), PollFd::from_borrowed_fd(hub.poll_fd(), PollFlags::IN)];
+        let wait = Timespec::try_from(wait.unwrap_or(if broker.gone {
+            Duration::from_millis(10)
+        } else {
+            Duration::from_secs(1)
+        }))
+        .unwrap();
+        let mut polled =
+            [PollFd::new(&published, PollFlags::IN), PollFd::from_borrowed_fd(hub.poll_fd(), PollFlags::IN)];
         poll(&mut polled, Some(&wait)).unwrap();
         let came = polled[0].revents().contains(PollFlags::IN);
         if let Some(Ok((stream, SocketAddrV4Pair(peer)))) = came.then(|| published.accept().map(pair)) {
@@ -169,22 +208,21 @@ pub fn run(mode: &str) -> i32 {
             hub.dial(guest, key, stream.into()).unwrap();
         }
         hub.run_ready(&mut broker);
-    }
-    let status = vmm.wait().unwrap();
-    eprintln!("guest is gone, {status}; {} streams ended, {} failed, {} left", broker.ended, broker.failed, broker.open.len());
+    };
+    eprintln!(
+        "guest is gone, {status}; {} streams ended, {} failed, {} left",
+        broker.ended,
+        broker.failed,
+        broker.open.len()
+    );
     i32::from(!status.success())
 }
 
 struct SocketAddrV4Pair(SocketAddrV4);
 
-fn pair((stream, peer): (std::net::TcpStream, std::net::SocketAddr)) -> (std::net::TcpStream, SocketAddrV4Pair) {
+fn pair(
+    (stream, peer): (std::net::TcpStream, std::net::SocketAddr),
+) -> (std::net::TcpStream, SocketAddrV4Pair) {
     let std::net::SocketAddr::V4(peer) = peer else { panic!("not IPv4") };
     (stream, SocketAddrV4Pair(peer))
-}
-
-/// A stream to the guest's published port, from the host.
-pub fn published() -> Socket {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-    socket.connect(&SockAddr::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, PUBLISHED))).unwrap();
-    socket
 }

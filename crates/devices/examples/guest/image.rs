@@ -5,8 +5,15 @@ use std::path::{Path, PathBuf};
 
 /// In the order in which they are loaded.
 const MODULES: &[&str] = &[
-    "virtio_ring", "virtio", "virtio_mmio", "vsock", "vmw_vsock_virtio_transport_common",
-    "vmw_vsock_virtio_transport", "failover", "net_failover", "virtio_net",
+    "virtio_ring",
+    "virtio",
+    "virtio_mmio",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
+    "failover",
+    "net_failover",
+    "virtio_net",
 ];
 
 fn find(directory: &Path, name: &str) -> Option<PathBuf> {

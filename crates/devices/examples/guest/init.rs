@@ -17,7 +17,8 @@ pub fn run() -> ! {
         for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
             let _ = mount(kind, at, kind, MountFlags::empty(), c"");
         }
-        let mut modules: Vec<_> = std::fs::read_dir("/modules").unwrap().flatten().map(|e| e.path()).collect();
+        let mut modules: Vec<_> =
+            std::fs::read_dir("/modules").unwrap().flatten().map(|e| e.path()).collect();
         modules.sort();
         for module in modules {
             if let Err(error) = init_module(&std::fs::read(&module).unwrap(), c"") {

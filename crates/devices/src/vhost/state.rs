@@ -344,9 +344,8 @@ impl VhostUserBackendReqHandlerMut for State {
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        self.regions.retain(|other| {
-            (other.guest, other.size) != (region.guest_phys_addr, region.memory_size)
-        });
+        self.regions
+            .retain(|other| (other.guest, other.size) != (region.guest_phys_addr, region.memory_size));
         self.remap()
     }
 

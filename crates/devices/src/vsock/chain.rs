@@ -67,7 +67,7 @@ pub fn read<'m>(
             }
         }
         let [part, _] = split(piece, missing)?;
-        if part.len() > 0 {
+        if !part.is_empty() {
             missing -= part.len();
             payload.push(part);
         }
@@ -113,7 +113,7 @@ impl<'m> Buffer<'m> {
                 piece = rest;
             }
             let [part, _] = split(piece, most - room)?;
-            if part.len() > 0 {
+            if !part.is_empty() {
                 room += part.len();
                 payload.push(part);
             }

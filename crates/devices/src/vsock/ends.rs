@@ -142,7 +142,10 @@ impl Hub {
             }
         }
         let now = Instant::now();
-        while let Some((_, id)) = self.orphans.pop_front_if(|(deadline, _)| *deadline <= now) {
+        while let Some(&(deadline, id)) = self.orphans.front()
+            && deadline <= now
+        {
+            self.orphans.pop_front();
             self.discard(id);
         }
     }

@@ -202,6 +202,20 @@ impl Hub {
         Ok(())
     }
 
+    /// The guest gave up a connection that is under way: it is closed, and nothing is told of it.
+    pub fn abandon(&mut self, guest: GuestId, stream: StreamKey) {
+        let id = self.guest(guest.0 as usize).and_then(|guest| guest.names.get(&stream).copied());
+        let Some(id) = id else { return };
+        if self.table.get(id).is_some_and(|entry| entry.stream.phase() == Phase::Opening) {
+            self.sever(id);
+        }
+    }
+
+    /// Drops all that a guest has, as if it had broken the rules. Its device is dead until its VMM resets it.
+    pub fn evict(&mut self, guest: GuestId, outside: &mut dyn Outside) {
+        self.reset(guest.0 as usize, outside);
+    }
+
     /// Sends what was written to control outputs, and what waits behind it.
     pub fn flush(&mut self, outside: &mut dyn Outside) {
         for index in 0..self.guests.len() {
@@ -277,11 +291,15 @@ impl Hub {
 
     fn accept(&mut self, index: usize) {
         let Some(guest) = self.guest(index) else { return };
-        let Some(Ok((stream, _))) = guest.listener.as_ref().map(std::os::unix::net::UnixListener::accept) else {
+        let Some(Ok((stream, _))) = guest.listener.as_ref().map(std::os::unix::net::UnixListener::accept)
+        else {
             return;
         };
         if guest.front.is_some() {
-            tracing::warn!(guest = index, "a second VMM came to the socket of a guest's vsock device: refused");
+            tracing::warn!(
+                guest = index,
+                "a second VMM came to the socket of a guest's vsock device: refused"
+            );
             return;
         }
         match self.front(index, stream) {

@@ -33,22 +33,39 @@ pub struct End {
     pub errno: Option<Errno>,
 }
 
-/// The broker, as the device sees it. Nothing here waits.
+/// The broker, as the device sees it. Nothing here waits, and nothing here calls the hub.
+///
+/// ```text
+///   request -> Verdict::Socket  -> established -> ended      the guest connects
+///                               -> failed
+///           -> Verdict::Guest   -> established (in both guests) -> ended (each)
+///                               -> failed
+///           -> Verdict::Control -> control, control_output -> ended
+///           -> Verdict::Refused
+///   Hub::dial                   -> established -> ended      the guest is connected to
+///                               -> rejected
+/// ```
+///
+/// After [`Self::gone`] none of these comes for what the guest had.
 pub trait Outside {
-    /// The guest connects. What it wrote to the control stream before has been given to [`Self::control`].
+    /// The guest connects. What it wrote to the control stream before has been given to [`Self::control`]. A second
+    /// request for a stream that is not up yet takes the place of the first, of which nothing more is told.
     fn request(&mut self, guest: GuestId, stream: StreamKey) -> Verdict;
 
     /// A connection that [`Self::request`] began is up, or the guest took one that was dialled. Called before
-    /// RESPONSE is written.
+    /// RESPONSE is written. There is no socket if the other end is a guest.
     fn established(&mut self, guest: GuestId, stream: StreamKey, socket: Option<BorrowedFd<'_>>);
 
-    /// A connection that [`Self::request`] began failed. Called before RST is written.
+    /// A connection that [`Self::request`] began failed; or it could not be asked for, as the guest has too many
+    /// streams (ENOBUFS). Called before RST is written. ECONNRESET: the guest itself took it back.
     fn failed(&mut self, guest: GuestId, stream: StreamKey, errno: Errno);
 
     /// The guest did not take a stream that was dialled: no listener, or its queue is full. The socket comes back.
     fn rejected(&mut self, guest: GuestId, stream: StreamKey, socket: OwnedFd);
 
-    /// An established stream is over. If it broke: called before RST is written.
+    /// An established stream, or the control stream, is over. If it broke: called before RST is written. EPROTO: the
+    /// guest broke the rules; ENOBUFS: it sent more than is held for all its streams whose far ends are slow. What it
+    /// sent before it closed may still be on its way.
     fn ended(&mut self, guest: GuestId, stream: StreamKey, end: End);
 
     /// Bytes of the guest's control stream. An error drops it, and all streams of the guest.

@@ -214,7 +214,10 @@ impl Stream {
     pub fn forwarded(&mut self, bytes: u32) {
         self.forwarded = self.forwarded.wrapping_add(bytes);
         let kept_up = self.forwarded == self.received;
-        if kept_up && self.window < LARGEST_WINDOW && self.forwarded.wrapping_sub(self.grown_at) >= self.window {
+        if kept_up
+            && self.window < LARGEST_WINDOW
+            && self.forwarded.wrapping_sub(self.grown_at) >= self.window
+        {
             self.window = (self.window * 2).min(LARGEST_WINDOW);
             self.grown_at = self.forwarded;
             self.owed.credit = true;
@@ -229,7 +232,11 @@ impl Stream {
     /// Bytes that the guest has room for.
     #[must_use]
     pub fn room(&self) -> u32 {
-        if self.phase != Phase::Open || self.owed.opening || self.finished || self.guest_shut & NO_RECEIVE != 0 {
+        if self.phase != Phase::Open
+            || self.owed.opening
+            || self.finished
+            || self.guest_shut & NO_RECEIVE != 0
+        {
             return 0;
         }
         self.guest_window.saturating_sub(self.sent.wrapping_sub(self.guest_forwarded))

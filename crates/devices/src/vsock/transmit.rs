@@ -99,7 +99,8 @@ impl Hub {
     }
 
     fn stream_of(&mut self, index: usize, header: &Header) -> Option<Id> {
-        let key = header.stream().filter(|_| header.kind == STREAM && header.src_cid == u64::from(GUEST_CID))?;
+        let key =
+            header.stream().filter(|_| header.kind == STREAM && header.src_cid == u64::from(GUEST_CID))?;
         self.guest(index)?.names.get(&key).copied()
     }
 
@@ -162,10 +163,8 @@ impl Hub {
             return self.reset_packet(index, key);
         }
         match outside.request(guest_id(index), key) {
-            Verdict::Refused(errno) => {
-                outside.failed(guest_id(index), key, errno);
-                self.reset_packet(index, key);
-            }
+            // It knows, and has told the guest what it wants to.
+            Verdict::Refused(_) => self.reset_packet(index, key),
             Verdict::Control => {
                 let mut stream = Stream::requested(key, header);
                 stream.opened();
@@ -380,7 +379,9 @@ impl Hub {
             entry.orphan = true;
             entry.finishing = true;
         }
-        self.bury_later(id);
         self.finish_far(id);
+        if self.table.get(id).is_some() {
+            self.bury_later(id);
+        }
     }
 }

@@ -75,7 +75,9 @@ fn connections(tap: bool, count: u32) -> f64 {
 fn streams(tap: bool, bytes: u64) -> f64 {
     let start = Instant::now();
     let threads: Vec<_> = (0..8).map(|_| std::thread::spawn(move || up(tap, bytes / 8))).collect();
-    threads.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+    threads.into_iter().for_each(|thread| {
+        thread.join().unwrap();
+    });
     bytes as f64 / start.elapsed().as_secs_f64() / 1e6
 }
 
@@ -105,6 +107,11 @@ pub fn run() {
         ours.sort_by(f64::total_cmp);
         theirs.sort_by(f64::total_cmp);
         let median = |sorted: &[f64]| sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
-        println!("{name}: vsock {:.0}, tap {:.0}, ratio {:.2}  {ours:.0?} {theirs:.0?}", median(&ours), median(&theirs), median(&ours) / median(&theirs));
+        println!(
+            "{name}: vsock {:.0}, tap {:.0}, ratio {:.2}  {ours:.0?} {theirs:.0?}",
+            median(&ours),
+            median(&theirs),
+            median(&ours) / median(&theirs)
+        );
     }
 }
