@@ -12,8 +12,12 @@ fn pieces(slices: &[VolatileSlice<'_>], writable: bool) -> Vec<iovec> {
     let take = slices.iter().take(MAX_PIECES);
     take.map(|slice| iovec {
         // With plain mappings (no Xen grants) the guard only borrows: the address stays good as long as the slice.
-        iov_base: if writable { slice.ptr_guard_mut().as_ptr() } else { slice.ptr_guard().as_ptr().cast_mut() }
-            .cast(),
+        iov_base: if writable {
+            slice.ptr_guard_mut().as_ptr()
+        } else {
+            slice.ptr_guard().as_ptr().cast_mut()
+        }
+        .cast(),
         iov_len: slice.len(),
     })
     .collect()
@@ -57,6 +61,7 @@ pub fn send(socket: BorrowedFd<'_>, from: &[VolatileSlice<'_>]) -> io::Result<us
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use std::os::fd::AsFd;

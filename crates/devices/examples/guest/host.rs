@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -104,7 +104,7 @@ pub fn tsc_khz() -> u64 {
     (line.split(':').nth(1).unwrap().trim().parse::<f64>().unwrap() * 500.0) as u64
 }
 
-fn qemu(kernel: &PathBuf, initrd: &PathBuf, socket: &PathBuf, words: &str) -> Vmm {
+fn qemu(kernel: &Path, initrd: &Path, socket: &Path, words: &str) -> Vmm {
     let mut command = Command::new("qemu-system-x86_64");
     let append = format!(
         "console=ttyS0 panic=-1 quiet tsc=reliable tsc_early_khz={} {} -- {words}",
