@@ -3,6 +3,7 @@
 pub mod broker;
 mod control;
 pub mod kernels;
+pub mod program;
 pub mod ps;
 pub mod run;
 pub mod trace;

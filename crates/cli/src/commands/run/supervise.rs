@@ -5,7 +5,8 @@
 //! time. What is rare comes through one epoll instance.
 
 use super::session::Session;
-use super::{RunArgs, directory, environment, publishing, resolv_conf};
+use super::{RunArgs, publishing};
+use crate::commands::program::{raise_open_files, resolv_conf};
 use anyhow::{Context, Result, bail};
 use kso_broker::BrokerConfig;
 use kso_gateway::{Gateway, GatewayConfig};
@@ -55,31 +56,35 @@ impl Source {
 /// Runs the program to its end and tells its status.
 pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     let open_files = process::open_files_limit().context("cannot read the limit of open files")?;
+    let program = &args.program;
     let publishing = publishing(&hello.publish);
     let mut hidden: Vec<PathBuf> = HIDDEN.iter().map(PathBuf::from).collect();
     hidden.push(kso_broker::runtime_directory());
     let config = SandboxConfig {
-        command: args.command.clone(),
-        directory: directory(args)?,
-        environment: environment(args)?,
+        command: program.command.clone(),
+        directory: program.directory()?,
+        environment: program.variables()?,
         tun: hello.tun,
         resolv_conf: resolv_conf(&hello.tun),
         hidden,
-        filter: interceptor::rules(publishing, args.io_uring),
+        filter: interceptor::rules(publishing, program.io_uring),
         open_files,
     };
     // The session comes first: a wrong rule, or a port that is taken, is told before anything starts.
-    let mut session = match &args.broker {
+    let mut session = match &program.broker {
         Some(path) => Session::remote(path, hello.clone())?,
         None => {
-            let config =
-                BrokerConfig { trace: args.trace, metrics: args.metrics.clone(), ..BrokerConfig::default() };
+            let config = BrokerConfig {
+                trace: program.trace,
+                metrics: program.metrics.clone(),
+                ..BrokerConfig::default()
+            };
             Session::embedded(config, &hello)?
         }
     };
     let signals = Signals::take(FORWARDED).context("cannot take signals")?;
     let mut sandbox = Sandbox::start(&config, &signals)?;
-    if args.broker.is_none() {
+    if program.broker.is_none() {
         check_locks(args.unlocked)?;
     }
     session.started(sandbox.pid());
@@ -119,20 +124,6 @@ fn check_locks(unlocked: bool) -> Result<()> {
     }
     kso_sys::lock::permit_unlocked();
     Ok(())
-}
-
-/// Descriptors of connections pass through here, and numbers of the program's are used here: as many as may
-/// be.
-fn raise_open_files((_, hard): (u64, u64)) {
-    let most = std::fs::read_to_string("/proc/sys/fs/nr_open")
-        .ok()
-        .and_then(|text| text.trim().parse::<u64>().ok())
-        .unwrap_or(hard);
-    let wanted = most.max(hard);
-    if process::set_open_files_limit(wanted, wanted).is_err() {
-        // Without privilege the hard limit is the end.
-        let _ = process::set_open_files_limit(hard, hard);
-    }
 }
 
 struct Supervisor {
