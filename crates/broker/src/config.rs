@@ -125,6 +125,12 @@ pub enum BrokerError {
         /// Why.
         source: io::Error,
     },
+    /// A launcher's message is not as it should be.
+    #[error("a guest's session needs the socket of its VMM and one stream for each port")]
+    Descriptors,
+    /// A guest's packets cannot be carried.
+    #[error(transparent)]
+    Gateway(#[from] kso_gateway::GatewayError),
     /// Something of the kernel is not there.
     #[error("{what}: {source}")]
     Kernel {

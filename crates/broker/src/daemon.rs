@@ -3,10 +3,12 @@
 use crate::broker::Broker;
 use crate::config::{BrokerConfig, BrokerError};
 use crate::control::{remove_stale, stranger};
+use crate::guest::Devices;
 use crate::peer::{BUFFER, Peer, PeerError, Received};
 use crate::session::SessionId;
+use kso_devices::vsock::{Endpoint, GuestId};
 use kso_sys::process::Signals;
-use kso_wire::{Submitted, ToBroker, ToRunner, VERSION, Welcome};
+use kso_wire::{GuestHello, Hello, Submitted, ToBroker, ToRunner, VERSION, Welcome};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::time::Timespec;
@@ -49,6 +51,7 @@ pub fn serve(config: ServeConfig) -> Result<(), BrokerError> {
     let signals = Signals::take(&[Signal::TERM.as_raw(), Signal::INT.as_raw()])
         .map_err(BrokerError::kernel("cannot take signals"))?;
     let broker = Broker::new(config.broker)?;
+    let devices = Devices::new()?;
     let socket_error = |source| BrokerError::Socket { path: config.socket.clone(), source };
     let listener = listen(&config.socket, config.group).map_err(socket_error)?;
     let events = epoll::create(epoll::CreateFlags::CLOEXEC)
@@ -59,6 +62,7 @@ pub fn serve(config: ServeConfig) -> Result<(), BrokerError> {
         signals,
         listener,
         broker,
+        devices,
         peers: HashMap::new(),
         next: FIRST_PEER,
         buffer: Vec::new(),
@@ -87,11 +91,21 @@ fn listen(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Tells a client why there is no session for it. It is over then.
+fn refuse(peer: &mut Peer, error: &BrokerError) -> Result<bool, PeerError> {
+    tracing::info!(%error, "a session was refused");
+    let mut reason = error.to_string();
+    reason.truncate(reason.floor_char_boundary(4096));
+    peer.send(&ToRunner::Refused(reason), None)?;
+    Ok(true)
+}
+
 struct Daemon {
     events: OwnedFd,
     signals: Signals,
     listener: OwnedFd,
     broker: Broker,
+    devices: Devices,
     peers: HashMap<u64, Peer>,
     next: u64,
     buffer: Vec<u8>,
@@ -107,13 +121,14 @@ impl Daemon {
         watch(self.listener.as_fd(), LISTENER)?;
         watch(self.broker.poll_fd(), BROKER)?;
         loop {
-            let wait = self.broker.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
-            let wait = wait.and_then(|wait| Timespec::try_from(wait).ok());
+            let (ready, others) = self.devices.wait(self.events.as_fd(), self.broker.next_deadline())?;
+            self.devices.run_ready(&mut self.broker, ready);
             let mut events = Vec::with_capacity(EVENTS);
-            match epoll::wait(&self.events, rustix::buffer::spare_capacity(&mut events), wait.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+            let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+            if others {
+                let _ = epoll::wait(&self.events, rustix::buffer::spare_capacity(&mut events), Some(&zero));
             }
+            let mut ready = self.broker.next_deadline().is_some_and(|at| at <= Instant::now());
             for event in events {
                 match event.data.u64() {
                     SIGNALS => {
@@ -123,19 +138,24 @@ impl Daemon {
                         }
                     }
                     LISTENER => self.accept(),
-                    BROKER => {}
+                    BROKER => ready = true,
                     peer => self.serve(peer),
                 }
             }
-            self.broker.run_ready();
+            if ready {
+                self.broker.run_ready();
+            }
             self.deliver();
+            self.devices.serve_orders(&mut self.broker);
         }
     }
 
     /// Every session ends; what programs hold goes on to work.
     fn end(&mut self) {
         for (_, peer) in self.peers.drain() {
-            if let Some(session) = peer.session {
+            if let Some(guest) = peer.guest {
+                self.devices.remove(&mut self.broker, guest);
+            } else if let Some(session) = peer.session {
                 self.broker.close_session(session);
             }
         }
@@ -180,11 +200,12 @@ impl Daemon {
                 true
             }
         };
-        if over
-            && let Some(peer) = self.peers.remove(&key)
-            && let Some(session) = peer.session
-        {
-            self.broker.close_session(session);
+        if over && let Some(peer) = self.peers.remove(&key) {
+            if let Some(guest) = peer.guest {
+                self.devices.remove(&mut self.broker, guest);
+            } else if let Some(session) = peer.session {
+                self.broker.close_session(session);
+            }
         }
         if let Some(peer) = self.peers.get_mut(&key)
             && let Some(wanted) = peer.wants_out()
@@ -204,8 +225,8 @@ impl Daemon {
         let Some(peer) = self.peers.get_mut(&key) else { return Ok(false) };
         peer.flush()?;
         for _ in 0..TURN {
-            let message = match peer.receive(buffer)? {
-                Received::Message(message) => message,
+            let (message, descriptors) = match peer.receive(buffer)? {
+                Received::Message(message, descriptors) => (message, descriptors),
                 Received::Nothing => return Ok(false),
                 Received::Gone => return Ok(true),
             };
@@ -216,14 +237,20 @@ impl Daemon {
                         let welcome = Welcome { version: VERSION, session: session.number() };
                         peer.send(&ToRunner::Welcome(welcome), None)?;
                     }
-                    Err(error) => {
-                        tracing::info!(%error, "a session was refused");
-                        let mut reason = error.to_string();
-                        reason.truncate(reason.floor_char_boundary(4096));
-                        peer.send(&ToRunner::Refused(reason), None)?;
-                        return Ok(true);
-                    }
+                    Err(error) => return refuse(peer, &error),
                 },
+                (None, ToBroker::Guest(GuestHello { hello, ports })) => {
+                    let opened =
+                        Self::open_guest(&mut self.devices, &mut self.broker, &hello, ports, descriptors);
+                    match opened {
+                        Ok((guest, session)) => {
+                            (peer.session, peer.guest) = (Some(session), Some(guest));
+                            let welcome = Welcome { version: VERSION, session: session.number() };
+                            peer.send(&ToRunner::Welcome(welcome), None)?;
+                        }
+                        Err(error) => return refuse(peer, &error),
+                    }
+                }
                 (Some(session), ToBroker::Request { id, caller, request }) => {
                     if !peer.begin(id)? {
                         peer.refuse_busy(id)?;
@@ -242,9 +269,28 @@ impl Daemon {
         Ok(false)
     }
 
+    /// Serves the device of a launcher's guest.
+    fn open_guest(
+        devices: &mut Devices,
+        broker: &mut Broker,
+        hello: &Hello,
+        ports: Vec<u32>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(GuestId, SessionId), BrokerError> {
+        let mut descriptors = descriptors.into_iter();
+        let (Some(vmm), true) = (descriptors.next(), descriptors.len() == ports.len()) else {
+            return Err(BrokerError::Descriptors);
+        };
+        let endpoint = Endpoint::Connected(vmm.into());
+        let guest = devices.add(broker, endpoint, hello, ports.into_iter().zip(descriptors).collect())?;
+        let session = broker.session_of(guest).ok_or(BrokerError::Descriptors)?;
+        Ok((guest, session))
+    }
+
     /// Sends the answers that came late.
     fn deliver(&mut self) {
         while let Some((session, id, answer)) = self.broker.completed() {
+            let Some(answer) = self.devices.answered(&mut self.broker, session, id, answer) else { continue };
             let found = self.peers.iter_mut().find(|(_, peer)| peer.session == Some(session));
             let Some((&key, peer)) = found else { continue };
             let result = peer.answer(id, answer).map(|()| false);

@@ -3,14 +3,22 @@
 //! ```text
 //!   connected -- Hello --> open -- Request, Forget --> open
 //!       |                   |
+//!       +-- Guest --> the launcher of a guest, which says no more
+//!       |                   |
 //!       +-- anything else --+-- malformed, too many unanswered, gone --> closed
 //! ```
 
 use crate::session::SessionId;
-use kso_wire::{Answer, Failure, MAX_MESSAGE, MAX_PENDING, RequestId, ToBroker, ToRunner, decode, encode};
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use kso_devices::vsock::GuestId;
+use kso_wire::{
+    Answer, Failure, MAX_MESSAGE, MAX_PENDING, MAX_PORTS, RequestId, ToBroker, ToRunner, decode, encode,
+};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
 use std::collections::{HashSet, VecDeque};
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -34,6 +42,8 @@ pub(crate) enum PeerError {
 pub(crate) struct Peer {
     socket: OwnedFd,
     pub session: Option<SessionId>,
+    /// It launched this guest.
+    pub guest: Option<GuestId>,
     pending: HashSet<RequestId>,
     waiting: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
     /// The loop tells when the socket can be written.
@@ -42,34 +52,54 @@ pub(crate) struct Peer {
 
 /// What came.
 pub(crate) enum Received {
-    Message(ToBroker),
+    /// With the descriptors that rode along.
+    Message(ToBroker, Vec<OwnedFd>),
     Nothing,
     Gone,
 }
 
 impl Peer {
     pub fn new(socket: OwnedFd) -> Self {
-        Self { socket, session: None, pending: HashSet::new(), waiting: VecDeque::new(), watched: false }
+        Self {
+            socket,
+            session: None,
+            guest: None,
+            pending: HashSet::new(),
+            waiting: VecDeque::new(),
+            watched: false,
+        }
     }
 
     /// The next message, if one is there.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, PeerError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         loop {
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             // TRUNC tells the whole length: what is longer than any message is none.
-            match rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT | RecvFlags::TRUNC) {
-                Ok((_, 0)) => return Ok(Received::Gone),
-                Ok((count, length)) if length > count => {
-                    return Err(kso_wire::CodecError::TooLong(length).into());
-                }
-                Ok((count, _)) => {
-                    let bytes = buffer.get(..count).unwrap_or_default();
-                    return Ok(Received::Message(decode(bytes)?));
-                }
+            let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC | RecvFlags::CMSG_CLOEXEC;
+            let mut slices = [IoSliceMut::new(buffer)];
+            let received = match rustix::net::recvmsg(&self.socket, &mut slices, &mut ancillary, flags) {
+                Ok(received) => received,
                 Err(rustix::io::Errno::AGAIN) => return Ok(Received::Nothing),
-                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::INTR) => continue,
                 Err(rustix::io::Errno::CONNRESET) => return Ok(Received::Gone),
                 Err(error) => return Err(PeerError::Socket(error)),
-            }
+            };
+            let descriptors = ancillary
+                .drain()
+                .flat_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+                    _ => Vec::new(),
+                })
+                .collect();
+            return match received.bytes {
+                0 => Ok(Received::Gone),
+                length if length > buffer.len() => Err(kso_wire::CodecError::TooLong(length).into()),
+                length => {
+                    let bytes = buffer.get(..length).unwrap_or_default();
+                    Ok(Received::Message(decode(bytes)?, descriptors))
+                }
+            };
         }
     }
 
@@ -160,6 +190,9 @@ impl AsFd for Peer {
         self.socket.as_fd()
     }
 }
+
+/// Most descriptors that a message brings: a guest's socket, and one for each port.
+const MAX_DESCRIPTORS: usize = MAX_PORTS + 1;
 
 /// Room for any message and a byte more.
 pub(crate) const BUFFER: usize = MAX_MESSAGE + 1;

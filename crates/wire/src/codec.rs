@@ -43,19 +43,9 @@ pub trait Bounded {
 impl Bounded for ToBroker {
     fn over_bound(&self) -> Option<&'static str> {
         match self {
-            ToBroker::Hello(hello) => {
-                if hello.rules.len() > message::MAX_RULES {
-                    Some("rules")
-                } else if hello.publish.len() > message::MAX_RULES {
-                    Some("publish")
-                } else if hello.rules.iter().any(|(_, text)| text.len() > message::MAX_RULE) {
-                    Some("rule")
-                } else if hello.name.len() > message::MAX_RULE || hello.command.len() > message::MAX_RULE {
-                    Some("name or command")
-                } else {
-                    None
-                }
-            }
+            ToBroker::Hello(hello) => hello_over(hello),
+            ToBroker::Guest(guest) if guest.ports.len() > message::MAX_PORTS => Some("ports"),
+            ToBroker::Guest(guest) => hello_over(&guest.hello),
             ToBroker::Request { caller, request, .. } => {
                 if caller.program.len() > message::MAX_PROGRAM {
                     return Some("program");
@@ -69,6 +59,20 @@ impl Bounded for ToBroker {
             }
             ToBroker::Forget(_) => None,
         }
+    }
+}
+
+fn hello_over(hello: &message::Hello) -> Option<&'static str> {
+    if hello.rules.len() > message::MAX_RULES {
+        Some("rules")
+    } else if hello.publish.len() > message::MAX_RULES {
+        Some("publish")
+    } else if hello.rules.iter().any(|(_, text)| text.len() > message::MAX_RULE) {
+        Some("rule")
+    } else if hello.name.len() > message::MAX_RULE || hello.command.len() > message::MAX_RULE {
+        Some("name or command")
+    } else {
+        None
     }
 }
 

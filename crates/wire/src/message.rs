@@ -23,6 +23,8 @@ pub const MAX_RULES: usize = 1024;
 pub const MAX_RULE: usize = 512;
 /// Longest text for a person, bytes.
 pub const MAX_MESSAGE_TEXT: usize = 4096;
+/// Most ports that a launcher serves.
+pub const MAX_PORTS: usize = 8;
 /// Longest DNS message, bytes (RFC 1035, 4.2.2).
 pub const MAX_DNS: usize = 65_535;
 
@@ -162,6 +164,18 @@ pub struct Hello {
     pub loopback: LoopbackMode,
     /// The session's addresses.
     pub tun: TunAddresses,
+}
+
+/// Opens a session for a guest whose vsock device the broker shall serve. Descriptors ride along (`SCM_RIGHTS`): first the
+/// vhost-user socket that leads to the guest's VMM, then one stream for each of `ports`. The guest has no more to ask
+/// than its device lets through: nothing but the end of the connection follows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestHello {
+    /// The session.
+    pub hello: Hello,
+    /// Which of [`crate::guest::ports`] the launcher serves, at most [`MAX_PORTS`].
+    #[serde(deserialize_with = "crate::codec::at_most::<_, _, MAX_PORTS>")]
+    pub ports: Vec<u32>,
 }
 
 /// Accepts a session.
@@ -361,6 +375,8 @@ pub enum ToBroker {
     },
     /// The answer is no longer wanted.
     Forget(RequestId),
+    /// First message of a guest's session.
+    Guest(GuestHello),
 }
 
 /// From a broker to a runner.

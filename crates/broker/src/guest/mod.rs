@@ -16,6 +16,7 @@
 
 mod calls;
 mod control;
+mod devices;
 mod holdback;
 mod listeners;
 mod names;
@@ -23,13 +24,14 @@ mod outside;
 mod prepared;
 mod streams;
 
+pub use devices::Devices;
 pub(crate) use names::{GUESTS, is_guest_address};
 pub(crate) use streams::Shown;
 
 use crate::broker::{Broker, token};
 use crate::config::BrokerError;
 use crate::session::SessionId;
-use kso_devices::vsock::GuestId;
+use kso_devices::vsock::{GuestId, Hub, Outside};
 use kso_provider::stream::Holder;
 use kso_wire::Hello;
 use kso_wire::frame::{self, Frames};
@@ -44,7 +46,8 @@ use streams::Stream;
 
 /// Most streams of a guest at one time: each has a descriptor here.
 const MAX_STREAMS: usize = 16_384;
-/// Most bytes that wait for a guest on its control stream. A guest that does not read them is dropped.
+/// Most bytes that wait for a guest on its control stream. One that does not read them is told no more, and dropped
+/// when it asks for more.
 const MAX_OUTPUT: usize = 1 << 20;
 /// Most calls about streams that wait for the device.
 const MAX_ORDERS: usize = 65_536;
@@ -60,18 +63,14 @@ pub enum Order {
     Abandon(GuestId, StreamKey),
     /// Bytes wait on the guest's control stream.
     Flush(GuestId),
-    /// Drop all that the guest has: it broke the rules.
-    Drop(GuestId),
 }
 
 impl Order {
     fn guest(&self) -> GuestId {
         match self {
-            Self::Dial(guest, ..)
-            | Self::Call(guest, _)
-            | Self::Abandon(guest, _)
-            | Self::Flush(guest)
-            | Self::Drop(guest) => *guest,
+            Self::Dial(guest, ..) | Self::Call(guest, _) | Self::Abandon(guest, _) | Self::Flush(guest) => {
+                *guest
+            }
         }
     }
 }
@@ -95,8 +94,6 @@ pub(crate) struct Guest {
     welcomed: bool,
     frames: Frames,
     output: Vec<u8>,
-    /// Its end was asked of the device.
-    dropped: bool,
     prepared: Prepared,
     services: HashMap<u32, OwnedFd>,
     streams: HashMap<StreamKey, Stream>,
@@ -136,7 +133,6 @@ impl Guest {
         self.welcomed = false;
         self.frames = Frames::default();
         self.output = Vec::new();
-        self.dropped = false;
         self.prepared = Prepared::default();
         self.streams.clear();
         self.connecting.clear();
@@ -152,19 +148,7 @@ impl Guests {
     fn tell(&mut self, id: GuestId, message: &ToGuest) {
         let Some(guest) = self.all.get_mut(&id) else { return };
         guest.tell(message);
-        if guest.output.len() > MAX_OUTPUT {
-            self.drop_guest(id);
-        } else {
-            self.order(Order::Flush(id));
-        }
-    }
-
-    fn drop_guest(&mut self, id: GuestId) {
-        if let Some(guest) = self.all.get_mut(&id)
-            && !std::mem::replace(&mut guest.dropped, true)
-        {
-            self.order(Order::Drop(id));
-        }
+        self.order(Order::Flush(id));
     }
 
     /// When something is to be dialled again, or a listener is to be looked at again.
@@ -200,7 +184,6 @@ impl Broker {
             welcomed: false,
             frames: Frames::default(),
             output: Vec::new(),
-            dropped: false,
             prepared: Prepared::default(),
             services: HashMap::new(),
             streams: HashMap::new(),
@@ -278,3 +261,30 @@ impl Broker {
 
 /// Ports of guests' own ends of streams to other guests (`net.ipv4.ip_local_port_range`, ip(7)).
 const FIRST_PORT: u16 = 32_768;
+
+/// Has the device do what the broker wants of it.
+fn serve_orders(broker: &mut Broker, hub: &mut Hub) {
+    let mut flush = false;
+    while let Some(order) = broker.next_order() {
+        match order {
+            Order::Dial(guest, stream, socket) => match hub.dial(guest, stream, socket) {
+                Ok(()) => flush = true,
+                Err(socket) => broker.rejected(guest, stream, socket),
+            },
+            Order::Call(guest, call) => {
+                let socket = hub.socket(guest, call.stream);
+                broker.answer_call(guest, &call, socket);
+            }
+            Order::Abandon(guest, stream) => {
+                // The device sees its end as that of any connection.
+                if let Some(socket) = hub.socket(guest, stream) {
+                    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+                }
+            }
+            Order::Flush(_) => flush = true,
+        }
+    }
+    if flush {
+        hub.flush(broker);
+    }
+}

@@ -328,7 +328,10 @@ fn any_hello() -> impl Strategy<Value = Hello> {
 
 fn any_to_broker() -> impl Strategy<Value = ToBroker> {
     prop_oneof![
-        any_hello().prop_map(ToBroker::Hello),
+        any_hello().prop_map(ToBroker::Hello).boxed(),
+        (any_hello(), vec(any::<u32>(), 0..=MAX_PORTS))
+            .prop_map(|(hello, ports)| ToBroker::Guest(GuestHello { hello, ports }))
+            .boxed(),
         (any::<(u64, u32)>(), "[a-z]{0,64}", any_request()).prop_map(|((id, pid), program, request)| {
             ToBroker::Request { id: RequestId(id), caller: Caller { pid, program }, request }
         }),

@@ -1,0 +1,199 @@
+//! What serves guests beside the broker: the vsock device, and a gateway for each guest's packets.
+//!
+//! ```text
+//!   poll: devices' two descriptors, the broker's --> run_ready --> Hub::run_ready, Gateway::run_ready
+//!                                                                  orders of the broker --> the hub
+//!   late answers of the broker ---> answered --> the session's gateway
+//! ```
+
+use super::serve_orders;
+use crate::broker::Broker;
+use crate::config::BrokerError;
+use crate::embedded::Link;
+use crate::session::SessionId;
+use kso_devices::vsock::{Endpoint, GuestId, Hub, Limits};
+use kso_gateway::{Gateway, GatewayConfig};
+use kso_wire::guest::ports;
+use kso_wire::{Answer, Hello, RequestId};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+/// So many gateways are served at a time.
+const EVENTS: usize = 64;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Devices {
+    hub: Hub,
+    gateways: HashMap<GuestId, (SessionId, Gateway)>,
+    events: OwnedFd,
+}
+
+impl Devices {
+    /// Without guests.
+    ///
+    /// # Errors
+    /// Descriptors ran out.
+    pub fn new() -> Result<Self, BrokerError> {
+        let kernel = || BrokerError::kernel("cannot make the vsock device");
+        Ok(Self {
+            hub: Hub::new(Limits::default()).map_err(kernel())?,
+            gateways: HashMap::new(),
+            events: epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| kernel()(error.into()))?,
+        })
+    }
+
+    /// Opens a guest's session and serves its device to the VMM at `endpoint`. `streams` serve ports of the host.
+    ///
+    /// # Errors
+    /// See [`BrokerError`].
+    pub fn add(
+        &mut self,
+        broker: &mut Broker,
+        endpoint: Endpoint,
+        hello: &Hello,
+        streams: Vec<(u32, OwnedFd)>,
+    ) -> Result<GuestId, BrokerError> {
+        let guest = self.hub.add_guest(endpoint).map_err(BrokerError::kernel("cannot serve the guest"))?;
+        let result = self.open(broker, guest, hello);
+        if result.is_err() {
+            self.remove(broker, guest);
+        }
+        result?;
+        for (port, stream) in streams {
+            broker.serve_port(guest, port, stream);
+        }
+        Ok(guest)
+    }
+
+    fn open(&mut self, broker: &mut Broker, guest: GuestId, hello: &Hello) -> Result<(), BrokerError> {
+        let kernel = BrokerError::kernel;
+        let session = broker.open_guest(guest, hello)?;
+        let (ours, theirs) = UnixStream::pair().map_err(kernel("cannot carry the guest's packets"))?;
+        let config = GatewayConfig {
+            addresses: hello.tun,
+            publish: hello.publish.clone(),
+            ..GatewayConfig::default()
+        };
+        let mut gateway = Gateway::framed(ours.into(), config)?;
+        gateway.start(&mut Link::new(broker, session))?;
+        epoll::add(&self.events, gateway.poll_fd(), EventData::new_u64(guest.0.into()), EventFlags::IN)
+            .map_err(|error| kernel("cannot wait for events")(error.into()))?;
+        broker.serve_port(guest, ports::PACKETS, theirs.into());
+        self.gateways.insert(guest, (session, gateway));
+        Ok(())
+    }
+
+    /// Ends a guest and its session.
+    pub fn remove(&mut self, broker: &mut Broker, guest: GuestId) {
+        self.hub.remove_guest(guest);
+        self.gateways.remove(&guest);
+        broker.close_guest(guest);
+    }
+
+    /// Readable when [`Self::run_ready`] has something to do: the device, and the gateways. Polled directly they are
+    /// quicker than through one more level of epoll.
+    #[must_use]
+    pub fn poll_fds(&self) -> [BorrowedFd<'_>; 2] {
+        let gateways = match self.gateways.values().next() {
+            Some((_, gateway)) if self.gateways.len() == 1 => gateway.poll_fd(),
+            _ => self.events.as_fd(),
+        };
+        [self.hub.poll_fd(), gateways]
+    }
+
+    /// When [`Self::run_ready`] has something to do at the latest; in the past: at once, after a look at other
+    /// descriptors.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let gateways = self.gateways.values().filter_map(|(_, gateway)| gateway.next_deadline()).min();
+        [self.hub.next_deadline(), gateways].into_iter().flatten().min()
+    }
+
+    /// Serves what is ready and due. Never waits for long: the device looks for more for as long as there is traffic.
+    /// `ready`: what was told of [`Self::poll_fds`].
+    pub fn run_ready(&mut self, broker: &mut Broker, ready: [bool; 2]) {
+        let [device, packets] = ready;
+        if device || self.hub.next_deadline().is_some_and(|at| at <= Instant::now()) {
+            self.hub.run_ready(broker);
+        }
+        serve_orders(broker, &mut self.hub);
+        if packets {
+            self.run_gateways(broker);
+        }
+        let now = Instant::now();
+        for (session, gateway) in self.gateways.values_mut() {
+            if gateway.next_deadline().is_some_and(|at| at <= now) {
+                gateway.expire(now, &mut Link::new(broker, *session));
+            }
+        }
+    }
+
+    fn run_gateways(&mut self, broker: &mut Broker) {
+        let mut serve = |guest: GuestId, session: SessionId, gateway: &mut Gateway| {
+            gateway.set_segments(broker.takes_segments(guest));
+            gateway.run_ready(Instant::now(), &mut Link::new(broker, session));
+        };
+        if self.gateways.len() == 1 {
+            self.gateways.iter_mut().for_each(|(guest, (session, gateway))| serve(*guest, *session, gateway));
+            return;
+        }
+        let mut events = Vec::with_capacity(EVENTS);
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let _ = epoll::wait(&self.events, rustix::buffer::spare_capacity(&mut events), Some(&zero));
+        for event in events {
+            let guest = GuestId(u32::try_from(event.data.u64()).unwrap_or(u32::MAX));
+            if let Some((session, gateway)) = self.gateways.get_mut(&guest) {
+                serve(guest, *session, gateway);
+            }
+        }
+    }
+
+    /// Takes an answer of the broker that came late. Given back if it is for none of the guests.
+    pub fn answered(
+        &mut self,
+        broker: &mut Broker,
+        session: SessionId,
+        id: RequestId,
+        answer: Answer,
+    ) -> Option<Answer> {
+        let found = self.gateways.values_mut().find(|(other, _)| *other == session);
+        let Some((_, gateway)) = found else { return Some(answer) };
+        gateway.answered(id, answer, Instant::now(), &mut Link::new(broker, session));
+        None
+    }
+
+    /// Has the device do what the broker wants of it.
+    pub fn serve_orders(&mut self, broker: &mut Broker) {
+        serve_orders(broker, &mut self.hub);
+    }
+
+    /// Waits for one of the descriptors, `other` being one more, or for a deadline.
+    ///
+    /// # Errors
+    /// poll(2).
+    pub fn wait(
+        &self,
+        other: BorrowedFd<'_>,
+        deadline: Option<Instant>,
+    ) -> std::io::Result<([bool; 2], bool)> {
+        let next = [self.next_deadline(), deadline].into_iter().flatten().min();
+        let timeout = next.map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        let [device, packets] = self.poll_fds();
+        let mut polled =
+            [device, packets, other].map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN));
+        match poll(&mut polled, timeout.as_ref()) {
+            Ok(_) => {
+                let [device, packets, other] = polled.map(|polled| !polled.revents().is_empty());
+                Ok(([device, packets], other))
+            }
+            Err(rustix::io::Errno::INTR) => Ok(([false; 2], false)),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
