@@ -51,6 +51,7 @@ pub(crate) struct Peer {
 }
 
 /// What came.
+#[allow(clippy::large_enum_variant)] // There is one at a time, and it is taken apart at once.
 pub(crate) enum Received {
     /// With the descriptors that rode along.
     Message(ToBroker, Vec<OwnedFd>),

@@ -20,13 +20,16 @@ Examples:
   kso run -- curl https://example.org            a program in a sandbox, on this host's sockets
   kso run -p 8080:80 -- nginx -g 'daemon off;'   publish its port 80 as 127.0.0.1:8080
   kso run --allow '*.debian.org:443' -- bash     reach these names only
+  kso vm -- curl https://example.org             the same in a microVM, on a kernel of its own
   kso ps                                         what runs, and its connections
   kso trace                                      each connect, listen, accept, resolve and denial, live";
 
 #[derive(Subcommand)]
 enum Command {
     /// Run a program in a sandbox on this host, with no network of its own
-    Run(commands::run::RunArgs),
+    Run(Box<commands::run::RunArgs>),
+    /// Run a program in a microVM: a kernel of its own, and this host's sockets and files
+    Vm(Box<commands::vm::VmArgs>),
     /// Serve sessions of other processes on a unix socket
     Broker(commands::broker::BrokerArgs),
     /// List sessions with their listeners and connections
@@ -43,7 +46,8 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     let result = match cli.command {
-        Command::Run(args) => commands::run::run(args),
+        Command::Run(args) => commands::run::run(&args),
+        Command::Vm(args) => commands::vm::run(&args),
         Command::Broker(args) => commands::broker::run(args),
         Command::Ps(args) => commands::ps::run(args),
         Command::Trace(args) => commands::trace::run(args),

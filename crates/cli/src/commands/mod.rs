@@ -7,3 +7,4 @@ pub mod program;
 pub mod ps;
 pub mod run;
 pub mod trace;
+pub mod vm;

@@ -47,10 +47,10 @@ pub struct RunArgs {
 ///
 /// # Errors
 /// The options are wrong, or the sandbox cannot be made.
-pub fn run(args: RunArgs) -> Result<ExitCode> {
+pub fn run(args: &RunArgs) -> Result<ExitCode> {
     output::init_logs(args.verbose);
     let hello = args.program.hello()?;
-    let status = supervise::supervise(&args, hello)?;
+    let status = supervise::supervise(args, hello)?;
     Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
 }
 
