@@ -13,12 +13,13 @@
 //! When every helper waits for some slow peer, a connection is begun without one, with less patience.
 
 use kso_sys::{process, vsock};
+use kso_wire::Errno;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_setfl};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -36,8 +37,12 @@ const MAX_TURNS: usize = 100_000;
 struct Job {
     socket: OwnedFd,
     to: vsock::Address,
-    done: Arc<AtomicBool>,
+    /// [`RUNNING`], [`OVER`], or the number of an error.
+    result: Arc<AtomicI32>,
 }
+
+const RUNNING: i32 = -1;
+const OVER: i32 = 0;
 
 #[derive(Default)]
 struct Shared {
@@ -64,19 +69,21 @@ impl Connector {
             let begun = vsock::connect(socket, to);
             fcntl_setfl(socket, OFlags::empty())?;
             return match begun {
-                Err(error) if error.raw_os_error() == Some(in_progress()) => Ok(()),
+                Err(error) if kso_sys::errno::of(&error) == Errno::EINPROGRESS => Ok(()),
                 done => done,
             };
         }
         vsock::set_connect_timeout(socket, PATIENCE)?;
-        let done = Arc::new(AtomicBool::new(false));
-        let job = Job { socket: socket.try_clone_to_owned()?, to, done: Arc::clone(&done) };
+        let result = Arc::new(AtomicI32::new(RUNNING));
+        let job = Job { socket: socket.try_clone_to_owned()?, to, result: Arc::clone(&result) };
         self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner).push_back(job);
         self.0.wake.notify_one();
         for _ in 0..MAX_TURNS {
             // Not before it is under way: until then the socket looks writable.
-            if !is_writable(socket) || done.load(Ordering::Acquire) {
-                return Ok(());
+            match result.load(Ordering::Acquire) {
+                RUNNING if is_writable(socket) => {}
+                RUNNING | OVER => return Ok(()),
+                error => return Err(io::Error::from_raw_os_error(error)),
             }
             std::thread::yield_now();
         }
@@ -103,8 +110,9 @@ impl Connector {
     }
 }
 
-fn in_progress() -> i32 {
-    kso_sys::errno::to_raw(kso_wire::Errno::EINPROGRESS)
+/// The other end refused, or did not answer.
+fn refused(error: &io::Error) -> bool {
+    matches!(kso_sys::errno::of(error), Errno::ECONNRESET | Errno::EPROTO | Errno::ETIMEDOUT | Errno::EINTR)
 }
 
 fn is_writable(socket: BorrowedFd<'_>) -> bool {
@@ -117,11 +125,12 @@ fn help(shared: &Shared) {
     process::block_signals();
     while let Some(job) = next_job(shared) {
         // What came of it is seen on the socket, and told by the broker.
-        let result = vsock::connect(job.socket.as_fd(), job.to);
-        if let Err(error) = result {
-            tracing::trace!(%error, "a connection failed");
-        }
-        job.done.store(true, Ordering::Release);
+        // What the kernel itself refuses (no transport, no memory) is told at once.
+        let result = match vsock::connect(job.socket.as_fd(), job.to) {
+            Err(error) if !refused(&error) => error.raw_os_error().unwrap_or(OVER),
+            _ => OVER,
+        };
+        job.result.store(result, Ordering::Release);
         drop(job);
         shared.idle.fetch_add(1, Ordering::AcqRel);
     }

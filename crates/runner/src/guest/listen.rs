@@ -52,13 +52,7 @@ impl GuestRunner {
         let (target, kind) = self.target(notification)?;
         let family = match kind {
             Kind::Tcp(family, CLOSED) => family,
-            Kind::Vsock(_) => {
-                return Ok(match vsock::state(target.socket.as_fd())? {
-                    // Another backlog.
-                    State::Listening => Outcome::CONTINUE,
-                    _ => Outcome::error(Errno::EINVAL),
-                });
-            }
+            Kind::Vsock(port) => return self.listen_again(&target, port),
             _ => return Ok(Outcome::CONTINUE),
         };
         let inner = match (bound_address(target.socket.as_fd())?, family) {
@@ -84,6 +78,22 @@ impl GuestRunner {
         let published = Published { port, inner, v6_only, options };
         let purpose = Purpose::Listen(Box::new(Listening { socket, published }));
         self.ask(target, purpose, GuestRequest::Listen { listen, vsock_port: port })
+    }
+
+    /// Another backlog.
+    fn listen_again(&mut self, target: &Target, port: u32) -> io::Result<Outcome> {
+        if vsock::state(target.socket.as_fd())? != State::Listening {
+            return Ok(Outcome::error(Errno::EINVAL));
+        }
+        let backlog = target.notification.args[1] as i32;
+        if let Some(published) = self.listener(port) {
+            let family = Port::of(port).family;
+            let options = published.options.clone();
+            let listen = Listen { local: published.inner, family, backlog: Some(backlog), options };
+            let _ = self.tell(GuestRequest::Listen { listen, vsock_port: port });
+        }
+        rustix::net::listen(&target.socket, backlog.max(MIN_BACKLOG))?;
+        Ok(Outcome::DONE)
     }
 
     /// Whether the broker need be asked about a listener.
