@@ -170,6 +170,7 @@ impl GuestRunner {
         for (id, end) in answers {
             let response = match end {
                 End::Signal => Response::Restart,
+                End::LimitedSignal => Response::Error(errno::to_raw(Errno::EINTR)),
                 End::Time => Response::Error(errno::to_raw(Errno::EAGAIN)),
             };
             self.respond(id, response);

@@ -191,6 +191,7 @@ impl GuestRunner {
         for (id, end) in answers {
             let response = match end {
                 End::Signal => Response::Restart,
+                End::LimitedSignal => Response::Error(kso_sys::errno::to_raw(Errno::EINTR)),
                 // As TCP: the connection goes on.
                 End::Time => Response::Error(kso_sys::errno::to_raw(Errno::EINPROGRESS)),
             };
@@ -212,6 +213,7 @@ impl GuestRunner {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum End {
     Signal,
+    LimitedSignal,
     Time,
 }
 
@@ -233,5 +235,7 @@ pub(super) fn examine(
     if !notifier.is_valid(caller.id) {
         return Some(None);
     }
-    caller.is_interrupted().then_some(Some(End::Signal))
+    // A call with a time limit is not made again: it would have the whole time once more (sock_intr_errno).
+    let end = if caller.deadline.is_some() { End::LimitedSignal } else { End::Signal };
+    caller.is_interrupted().then_some(Some(end))
 }
