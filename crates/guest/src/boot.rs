@@ -27,12 +27,16 @@ pub fn boot() -> Result<(), String> {
         fs::create_dir_all(place).map_err(|error| format!("cannot make {place}: {error}"))?;
         mount_at(kind, Path::new(place), kind, flags, None)?;
     }
-    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    if line.split_whitespace().any(|word| word == PROBE) {
+    if has_word(PROBE) {
         eprintln!("{PROBED}");
         restart();
     }
     load_modules(Path::new(MODULES))
+}
+
+/// Whether this word is on the kernel's command line.
+pub fn has_word(word: &str) -> bool {
+    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|one| one == word))
 }
 
 /// mount(2), with the words of an error.

@@ -7,7 +7,7 @@
 //!     (others)        virtiofs, as told
 //! ```
 
-use crate::boot::mount_at;
+use crate::boot::{self, mount_at};
 use kso_wire::job::{Mount, Start};
 use rustix::mount::{MountFlags, mount_move};
 use std::ffi::OsStr;
@@ -22,11 +22,15 @@ const LOWER: &str = "/kso/lower";
 const MEMORY: &str = "/kso/memory";
 const ROOT: &str = "/kso/root";
 
+/// A word of the kernel's command line: stay in the initramfs, for tests without a file system.
+const INITRAMFS: &str = "kso.root=initramfs";
+
 const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
 /// Makes the file tree and enters it. Without a mount of `/` the initramfs stays the root, which has next to nothing in it.
 pub fn arrange(start: &Start) -> Result<(), String> {
-    let root = match start.mounts.iter().find(|mount| mount.target == b"/") {
+    let shared: &[Mount] = if boot::has_word(INITRAMFS) { &[] } else { &start.mounts };
+    let root = match shared.iter().find(|mount| mount.target == b"/") {
         Some(mount) => {
             overlay(mount)?;
             Path::new(ROOT)
@@ -49,7 +53,7 @@ pub fn arrange(start: &Start) -> Result<(), String> {
     mount_at("tmpfs", &root.join("tmp"), "tmpfs", flags, Some(c"mode=1777"))?;
     // Absent from a kernel without control groups.
     let _ = mount_at("cgroup2", &root.join("sys/fs/cgroup"), "cgroup2", PLAIN, None);
-    for mount in start.mounts.iter().filter(|mount| mount.target != b"/") {
+    for mount in shared.iter().filter(|mount| mount.target != b"/") {
         share(root, mount)?;
     }
     settings(&root.join("etc"), start)?;

@@ -3,14 +3,14 @@
 //! Pipes, because a program may open /dev/stdout again, which a socket does not let it.
 
 use crate::host;
-use kso_stdio::{Direction, Pump, Stream};
+use kso_stdio::{Pump, Stream};
 use kso_wire::guest::ports;
 use kso_wire::job::{Start, WindowSize};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{InputModes, OptionalActions, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 /// The program's side: standard input, output and error.
 pub struct Inner {
@@ -148,6 +148,6 @@ fn with_terminal(start: &Start, size: WindowSize) -> io::Result<(Streams, Inner)
     };
     let inner = Inner { streams: [copy()?, copy()?, stderr], terminal: true };
     let input = Pump::new(Stream::socket(stream.try_clone()?), Stream::own(master.try_clone()?)?, 0);
-    let output = Pump::new(Stream::shared(master.as_fd(), Direction::Read)?, Stream::socket(stream), 1);
+    let output = Pump::new(Stream::own(master.try_clone()?)?, Stream::socket(stream), 1);
     Ok((Streams { input, output, errors, master: Some(master), _terminal: Some(terminal) }, inner))
 }

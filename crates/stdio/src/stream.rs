@@ -5,7 +5,7 @@
 //! when poll(2) promises that it will not wait.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, major, minor};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use std::io;
@@ -13,6 +13,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// So much fits into a pipe that says it is writable (pipe(7), `PIPE_BUF`), bytes; a terminal takes less without waiting.
 const PROMISED: usize = 512;
+
+/// The device /dev/ptmx (Documentation/admin-guide/devices.txt).
+const PTMX: (u32, u32) = (5, 2);
 
 /// What is done with a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,10 +64,15 @@ impl Stream {
     /// # Errors
     /// fstat(2); no descriptors are left.
     pub fn shared(descriptor: BorrowedFd<'_>, direction: Direction) -> io::Result<Self> {
-        let kind = FileType::from_raw_mode(rustix::fs::fstat(descriptor)?.st_mode);
+        let status = rustix::fs::fstat(descriptor)?;
+        let kind = FileType::from_raw_mode(status.st_mode);
         let way = match kind {
             FileType::RegularFile | FileType::BlockDevice | FileType::Directory => Way::Direct,
             FileType::Socket => Way::Socket,
+            // Opening the master of a terminal makes another terminal.
+            FileType::CharacterDevice if (major(status.st_rdev), minor(status.st_rdev)) == PTMX => {
+                Way::Careful
+            }
             _ if kind == FileType::Fifo || rustix::termios::isatty(descriptor) => {
                 if let Some(descriptor) = open_anew(descriptor, direction) {
                     return Ok(Self { descriptor, way: Way::Direct });
