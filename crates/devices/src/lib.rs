@@ -1,8 +1,9 @@
 //! vhost-user devices: how a guest reaches the broker without a NIC and without a disk.
 //!
-//! [`vsock`] carries its streams, `fs` its files. Devices move bytes between guest memory and what others
+//! [`vsock`] carries its streams, [`fs`] its files. Devices move bytes between guest memory and what others
 //! opened for them; they know nothing of policy, names or sessions.
 #![forbid(unsafe_code)]
 
+pub mod fs;
 pub mod vhost;
 pub mod vsock;

@@ -182,6 +182,10 @@ impl Worker {
     }
 
     pub(crate) fn flush(&mut self, node: u64, flush: FlushIn) -> Result {
+        if self.service.has(Features::NO_OPEN_SUPPORT) {
+            // Nothing was opened, and nothing written: no more of these.
+            return Err(Errno::NOSYS);
+        }
         let handle = self.service.handles.get(flush.fh, node)?;
         self.service.locks.release(&handle.inode, flush.lock_owner);
         // Errors that the host's file system has kept for close(2) come from closing a copy.

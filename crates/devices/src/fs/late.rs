@@ -1,0 +1,91 @@
+//! Replies that come late: of locks that were waited for.
+
+use crate::vhost::{Memory, Queue};
+use kso_files::{Completer, bare_reply};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Where a reply belongs.
+pub(super) struct Parked {
+    pub queue: Arc<Queue>,
+    pub memory: Arc<Memory>,
+    pub head: u16,
+    pub room: Vec<(GuestAddress, usize)>,
+}
+
+#[derive(Default)]
+struct State {
+    parked: HashMap<u64, Parked>,
+    /// Completed before they were parked.
+    early: HashMap<u64, i32>,
+}
+
+/// Requests that wait for their reply.
+#[derive(Default)]
+pub(super) struct Late(Mutex<State>);
+
+impl std::fmt::Debug for Late {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Late").field("parked", &self.state().parked.len()).finish()
+    }
+}
+
+impl Late {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A request waits from now on.
+    pub fn park(&self, unique: u64, parked: Parked) {
+        let mut state = self.state();
+        match state.early.remove(&unique) {
+            Some(error) => {
+                drop(state);
+                parked.reply(unique, error);
+            }
+            None => {
+                state.parked.insert(unique, parked);
+            }
+        }
+    }
+
+    /// Nobody waits any more.
+    pub fn clear(&self) {
+        *self.state() = State::default();
+    }
+}
+
+impl Completer for Late {
+    fn complete(&self, unique: u64, error: i32) {
+        let mut state = self.state();
+        match state.parked.remove(&unique) {
+            Some(parked) => {
+                drop(state);
+                parked.reply(unique, error);
+            }
+            None => {
+                state.early.insert(unique, error);
+            }
+        }
+    }
+}
+
+impl Parked {
+    fn reply(self, unique: u64, error: i32) {
+        let reply = bare_reply(unique, error);
+        let mut rest = reply.as_slice();
+        for (address, room) in self.room {
+            let (now, later) = rest.split_at(room.min(rest.len()));
+            if self.memory.write_slice(now, address).is_err() {
+                break;
+            }
+            rest = later;
+        }
+        let Some(mut ring) = self.queue.lock() else { return };
+        let pushed = ring.push(self.head, (reply.len() - rest.len()) as u32);
+        if let Err(error) = pushed.and_then(|()| ring.signal()) {
+            tracing::debug!(%error, "a late reply");
+        }
+    }
+}
