@@ -104,6 +104,10 @@ pub(crate) fn report(sessions: &mut HashMap<u64, Session>, guests: &Guests) -> R
         if let Some(guest) = guests.of_session(SessionId(session.id)) {
             // Its processes are not this kernel's: what is found here is its machine.
             report.processes = 0;
+            for listener in &mut report.listeners {
+                let program = guests.listener_program(guest, listener.outside);
+                listener.programs = program.into_iter().map(str::to_owned).collect();
+            }
             report.connections = of_guest(session, guests.shown(guest), &by_cookie);
         }
         report

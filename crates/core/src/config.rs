@@ -16,13 +16,29 @@
 //!
 //! [metrics]
 //! listen = "127.0.0.1:9464"     # or "unix:/run/kso/metrics.sock"
+//!
+//! [guest.web]                   # a guest whose VMM something else starts; other guests know it as web.kso.internal
+//! vsock = "/run/kso/web.vsock"  # where its VMM finds the vsock device (vhost-user)
+//! publish = ["8080:80"]
+//! allow = ["*.debian.org:443"]
+//!
+//! [[guest.web.share]]
+//! socket = "/run/kso/web.root"  # where its VMM finds the file system device (vhost-user)
+//! tag = "root"
+//! directory = "/srv/web"
+//! read_only = true
+//!
+//! [guest.tiny]
+//! hybrid = "/run/tiny/v.sock"   # the vsock socket of a Firecracker
 //! ```
 //!
 //! Everything may be left out. What is not known is an error, and each error shows its place.
 
 use crate::policy::{self, Policy, RuleError};
+use crate::publish::PublishError;
 use kso_wire::{LoopbackMode, Publication};
 use serde::{Deserialize, Deserializer};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::{Range, RangeInclusive};
 use std::path::PathBuf;
@@ -42,6 +58,22 @@ pub enum ConfigError {
         /// What is wrong with the rule.
         error: RuleError,
     },
+    /// A publication in it cannot be read.
+    #[error("in line {line} of the configuration: {error}")]
+    Publish {
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        error: PublishError,
+    },
+    /// A guest has no way in, or two.
+    #[error(
+        "guest {name} of the configuration needs one of these: vsock = \"PATH\" (a vhost-user device), hybrid = \"PATH\" (Firecracker's socket)"
+    )]
+    Vsock {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// See the module.
@@ -59,6 +91,49 @@ pub struct Config {
     pub publish: PublishLimits,
     /// Where metrics are read.
     pub metrics: Option<MetricsAddress>,
+    /// Guests that something else starts.
+    pub guests: Vec<Guest>,
+}
+
+/// A guest that something else starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guest {
+    /// Its name.
+    pub name: String,
+    /// How its streams come.
+    pub vsock: VsockSocket,
+    /// Its rules, in the form of [`Policy::new`].
+    pub rules: Vec<(bool, String)>,
+    /// It reaches nothing.
+    pub no_net: bool,
+    /// What is published of it.
+    pub publish: Vec<Publication>,
+    /// Directories that it sees.
+    pub shares: Vec<ShareSocket>,
+}
+
+/// How a guest's streams come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VsockSocket {
+    /// A vhost-user device on this socket.
+    VhostUser(PathBuf),
+    /// The socket of a VMM that has a device of its own, as Firecracker.
+    Hybrid(PathBuf),
+}
+
+/// A directory that a guest sees by a vhost-user device on a socket.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareSocket {
+    /// The device's socket.
+    pub socket: PathBuf,
+    /// The tag that the guest mounts it by.
+    pub tag: String,
+    /// The directory.
+    pub directory: PathBuf,
+    /// No writing.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 impl Config {
@@ -68,15 +143,8 @@ impl Config {
     /// It is not TOML, has a field that is not known, or a rule that cannot be read.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let file: File = toml::from_str(text)?;
-        let mut rules = Vec::new();
-        for (allow, list) in [(true, file.policy.allow), (false, file.policy.deny)] {
-            for rule in list {
-                let line = line_of(text, rule.span());
-                let rule = rule.into_inner();
-                policy::check(&rule).map_err(|error| ConfigError::Rule { line, error })?;
-                rules.push((allow, rule));
-            }
-        }
+        let rules = rules(text, file.policy.allow, file.policy.deny)?;
+        let guests = file.guest.into_iter().map(|(name, guest)| guest.check(text, name));
         let config = Self {
             socket: file.socket,
             max_sessions: file.max_sessions,
@@ -84,6 +152,7 @@ impl Config {
             no_net: file.policy.no_net,
             publish: file.publish,
             metrics: file.metrics.map(|metrics| metrics.listen),
+            guests: guests.collect::<Result<_, _>>()?,
         };
         config.policy().map_err(|error| ConfigError::Rule { line: 1, error })?;
         Ok(config)
@@ -96,6 +165,23 @@ impl Config {
     pub fn policy(&self) -> Result<Policy, RuleError> {
         Policy::new(&self.rules, self.no_net, LoopbackMode::Private)
     }
+}
+
+fn rules(
+    text: &str,
+    allow: Vec<Spanned<String>>,
+    deny: Vec<Spanned<String>>,
+) -> Result<Vec<(bool, String)>, ConfigError> {
+    let mut rules = Vec::new();
+    for (allow, list) in [(true, allow), (false, deny)] {
+        for rule in list {
+            let line = line_of(text, rule.span());
+            let rule = rule.into_inner();
+            policy::check(&rule).map_err(|error| ConfigError::Rule { line, error })?;
+            rules.push((allow, rule));
+        }
+    }
+    Ok(rules)
 }
 
 fn line_of(text: &str, span: Range<usize>) -> usize {
@@ -112,6 +198,47 @@ struct File {
     #[serde(default)]
     publish: PublishLimits,
     metrics: Option<MetricsSection>,
+    #[serde(default)]
+    guest: BTreeMap<String, GuestSection>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GuestSection {
+    vsock: Option<PathBuf>,
+    hybrid: Option<PathBuf>,
+    #[serde(default)]
+    allow: Vec<Spanned<String>>,
+    #[serde(default)]
+    deny: Vec<Spanned<String>>,
+    #[serde(default)]
+    no_net: bool,
+    #[serde(default)]
+    publish: Vec<Spanned<String>>,
+    #[serde(default)]
+    share: Vec<ShareSocket>,
+}
+
+impl GuestSection {
+    fn check(self, text: &str, name: String) -> Result<Guest, ConfigError> {
+        let vsock = match (self.vsock, self.hybrid) {
+            (Some(path), None) => VsockSocket::VhostUser(path),
+            (None, Some(path)) => VsockSocket::Hybrid(path),
+            _ => return Err(ConfigError::Vsock { name }),
+        };
+        let publish = self.publish.into_iter().map(|one| {
+            let line = line_of(text, one.span());
+            crate::publish::parse(one.get_ref()).map_err(|error| ConfigError::Publish { line, error })
+        });
+        Ok(Guest {
+            vsock,
+            rules: rules(text, self.allow, self.deny)?,
+            no_net: self.no_net,
+            publish: publish.collect::<Result<_, _>>()?,
+            shares: self.share,
+            name,
+        })
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -216,7 +343,7 @@ impl<'de> Deserialize<'de> for MetricsAddress {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 mod tests {
     use super::*;
 
@@ -234,6 +361,10 @@ mod tests {
         assert_eq!(config.max_sessions, Some(64));
         assert_eq!(config.rules, [(true, "*.debian.org:443".into()), (false, "*:25".into())]);
         assert_eq!(config.publish.ports, 1024..=65535);
+        let [tiny, web] = &config.guests[..] else { panic!() };
+        assert_eq!(tiny.vsock, VsockSocket::Hybrid("/run/tiny/v.sock".into()));
+        assert_eq!(web.vsock, VsockSocket::VhostUser("/run/kso/web.vsock".into()));
+        assert_eq!((web.publish[0].outer_port, web.rules.len(), web.shares.len()), (8080, 1, 1));
         assert_eq!(config.metrics, Some(MetricsAddress::Tcp("127.0.0.1:9464".parse().unwrap())));
     }
 
@@ -255,10 +386,24 @@ mod tests {
             ("[metrics]\nlisten = \"unix:\"", "line 2", "path is missing"),
             ("[publish]\naddresses = [\"lo\"]", "line 2", "IP address"),
             ("max_sessions = -1", "line 1", "-1"),
+            ("[guest.a]\nvsock = 1", "line 2", "string"),
         ] {
             let error = Config::parse(text).unwrap_err().to_string();
             assert!(error.contains(line) && error.contains(why), "{text}: {error}");
             assert!(error.contains('^'), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_guest_has_one_way_in() {
+        for (text, why) in [
+            ("[guest.a]", "guest a"),
+            ("[guest.a]\nvsock = \"/a\"\nhybrid = \"/b\"", "guest a"),
+            ("[guest.a]\nvsock = \"/a\"\nallow = [\"a b\"]", "line 3"),
+            ("[guest.a]\nvsock = \"/a\"\npublish = [\"0:1\"]", "line 3"),
+        ] {
+            let error = Config::parse(text).unwrap_err().to_string();
+            assert!(error.contains(why), "{text}: {error}");
         }
     }
 

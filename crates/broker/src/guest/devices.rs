@@ -6,12 +6,12 @@
 //!   late answers of the broker ---> answered --> the session's gateway
 //! ```
 
-use super::serve_orders;
+use super::Order;
 use crate::broker::Broker;
 use crate::config::BrokerError;
 use crate::embedded::Link;
 use crate::session::SessionId;
-use kso_devices::vsock::{Endpoint, GuestId, Hub, Limits};
+use kso_devices::vsock::{Endpoint, GuestId, Hub, Limits, Outside};
 use kso_gateway::{Gateway, GatewayConfig};
 use kso_wire::guest::ports;
 use kso_wire::{Answer, Hello, RequestId};
@@ -29,9 +29,13 @@ const EVENTS: usize = 64;
 #[derive(Debug)]
 pub struct Devices {
     hub: Hub,
-    gateways: HashMap<GuestId, (SessionId, Gateway)>,
+    gateways: Gateways,
+    /// Guests whose VMM can come again.
+    coming: HashMap<GuestId, Hello>,
     events: OwnedFd,
 }
+
+type Gateways = HashMap<GuestId, (SessionId, Gateway)>;
 
 impl Devices {
     /// Without guests.
@@ -43,6 +47,7 @@ impl Devices {
         Ok(Self {
             hub: Hub::new(Limits::default()).map_err(kernel())?,
             gateways: HashMap::new(),
+            coming: HashMap::new(),
             events: epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| kernel()(error.into()))?,
         })
     }
@@ -58,21 +63,34 @@ impl Devices {
         hello: &Hello,
         streams: Vec<(u32, OwnedFd)>,
     ) -> Result<GuestId, BrokerError> {
+        let comes_again = matches!(endpoint, Endpoint::Listener(_));
         let guest = self.hub.add_guest(endpoint).map_err(BrokerError::kernel("cannot serve the guest"))?;
-        let result = self.open(broker, guest, hello);
-        if result.is_err() {
+        let opened = broker
+            .open_guest(guest, hello)
+            .and_then(|session| Self::carry(&mut self.gateways, &self.events, broker, guest, session, hello));
+        if let Err(error) = opened {
             self.remove(broker, guest);
+            return Err(error);
         }
-        result?;
+        if comes_again {
+            self.coming.insert(guest, hello.clone());
+        }
         for (port, stream) in streams {
             broker.serve_port(guest, port, stream);
         }
         Ok(guest)
     }
 
-    fn open(&mut self, broker: &mut Broker, guest: GuestId, hello: &Hello) -> Result<(), BrokerError> {
+    /// Makes a gateway for a guest's packets.
+    fn carry(
+        gateways: &mut Gateways,
+        events: &OwnedFd,
+        broker: &mut Broker,
+        guest: GuestId,
+        session: SessionId,
+        hello: &Hello,
+    ) -> Result<(), BrokerError> {
         let kernel = BrokerError::kernel;
-        let session = broker.open_guest(guest, hello)?;
         let (ours, theirs) = UnixStream::pair().map_err(kernel("cannot carry the guest's packets"))?;
         let config = GatewayConfig {
             addresses: hello.tun,
@@ -81,10 +99,10 @@ impl Devices {
         };
         let mut gateway = Gateway::framed(ours.into(), config)?;
         gateway.start(&mut Link::new(broker, session))?;
-        epoll::add(&self.events, gateway.poll_fd(), EventData::new_u64(guest.0.into()), EventFlags::IN)
+        epoll::add(events, gateway.poll_fd(), EventData::new_u64(guest.0.into()), EventFlags::IN)
             .map_err(|error| kernel("cannot wait for events")(error.into()))?;
         broker.serve_port(guest, ports::PACKETS, theirs.into());
-        self.gateways.insert(guest, (session, gateway));
+        gateways.insert(guest, (session, gateway));
         Ok(())
     }
 
@@ -92,6 +110,7 @@ impl Devices {
     pub fn remove(&mut self, broker: &mut Broker, guest: GuestId) {
         self.hub.remove_guest(guest);
         self.gateways.remove(&guest);
+        self.coming.remove(&guest);
         broker.close_guest(guest);
     }
 
@@ -121,7 +140,7 @@ impl Devices {
         if device || self.hub.next_deadline().is_some_and(|at| at <= Instant::now()) {
             self.hub.run_ready(broker);
         }
-        serve_orders(broker, &mut self.hub);
+        self.serve_orders(broker);
         if packets {
             self.run_gateways(broker);
         }
@@ -169,7 +188,41 @@ impl Devices {
 
     /// Has the device do what the broker wants of it.
     pub fn serve_orders(&mut self, broker: &mut Broker) {
-        serve_orders(broker, &mut self.hub);
+        let hub = &mut self.hub;
+        let mut flush = false;
+        while let Some(order) = broker.next_order() {
+            match order {
+                Order::Dial(guest, stream, socket) => match hub.dial(guest, stream, socket) {
+                    Ok(()) => flush = true,
+                    Err(socket) => broker.rejected(guest, stream, socket),
+                },
+                Order::Call(guest, call) => {
+                    let socket = hub.socket(guest, call.stream);
+                    broker.answer_call(guest, &call, socket);
+                }
+                Order::Abandon(guest, stream) => {
+                    // The device sees its end as that of any connection.
+                    if let Some(socket) = hub.socket(guest, stream) {
+                        let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+                    }
+                }
+                Order::Flush(_) => flush = true,
+                Order::Restarted(guest) => {
+                    let Some(hello) = self.coming.get(&guest) else { continue };
+                    let Some(session) = broker.session_of(guest) else { continue };
+                    // Its sockets outside are closed before others are opened in their place.
+                    self.gateways.remove(&guest);
+                    let carried =
+                        Self::carry(&mut self.gateways, &self.events, broker, guest, session, hello);
+                    if let Err(error) = carried {
+                        tracing::error!(%error, "the guest's packets are not carried");
+                    }
+                }
+            }
+        }
+        if flush {
+            hub.flush(broker);
+        }
     }
 
     /// Waits for one of the descriptors, `other` being one more, or for a deadline.

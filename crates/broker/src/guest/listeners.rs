@@ -26,6 +26,8 @@ const SHORTAGE: Duration = Duration::from_millis(100);
 pub(super) struct Listener {
     pub guest: GuestId,
     vsock_port: u32,
+    /// Who listens.
+    caller: Caller,
     /// As the program bound it.
     inner: SocketAddr,
     /// As it is bound outside.
@@ -69,6 +71,12 @@ impl Guests {
                 && (bound == ip || bound.is_unspecified() && (bound.is_ipv6() || ip.is_ipv4()))
         };
         self.listeners.values().find(|one| serves(one)).map(|one| (one.guest, one.vsock_port))
+    }
+
+    /// The program that listens at an address outside.
+    pub fn listener_program(&self, guest: GuestId, outer: SocketAddr) -> Option<&str> {
+        let one = self.listeners.values().find(|one| one.guest == guest && one.outer == outer)?;
+        Some(&one.caller.program)
     }
 
     fn number(&self, guest: GuestId, vsock_port: u32) -> Option<u32> {
@@ -137,6 +145,7 @@ impl Broker {
         let listener = Listener {
             guest: id,
             vsock_port,
+            caller: caller.clone(),
             inner: SocketAddr::new(wanted.local.ip(), port),
             outer,
             socket,

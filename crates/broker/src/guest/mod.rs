@@ -31,7 +31,7 @@ pub(crate) use streams::Shown;
 use crate::broker::{Broker, token};
 use crate::config::BrokerError;
 use crate::session::SessionId;
-use kso_devices::vsock::{GuestId, Hub, Outside};
+use kso_devices::vsock::GuestId;
 use kso_provider::stream::Holder;
 use kso_wire::Hello;
 use kso_wire::frame::{self, Frames};
@@ -63,14 +63,18 @@ pub enum Order {
     Abandon(GuestId, StreamKey),
     /// Bytes wait on the guest's control stream.
     Flush(GuestId),
+    /// Not for the device: the guest is gone, and may come again. It needs another stream for its packets.
+    Restarted(GuestId),
 }
 
 impl Order {
     fn guest(&self) -> GuestId {
         match self {
-            Self::Dial(guest, ..) | Self::Call(guest, _) | Self::Abandon(guest, _) | Self::Flush(guest) => {
-                *guest
-            }
+            Self::Dial(guest, ..)
+            | Self::Call(guest, _)
+            | Self::Abandon(guest, _)
+            | Self::Flush(guest)
+            | Self::Restarted(guest) => *guest,
         }
     }
 }
@@ -261,30 +265,3 @@ impl Broker {
 
 /// Ports of guests' own ends of streams to other guests (`net.ipv4.ip_local_port_range`, ip(7)).
 const FIRST_PORT: u16 = 32_768;
-
-/// Has the device do what the broker wants of it.
-fn serve_orders(broker: &mut Broker, hub: &mut Hub) {
-    let mut flush = false;
-    while let Some(order) = broker.next_order() {
-        match order {
-            Order::Dial(guest, stream, socket) => match hub.dial(guest, stream, socket) {
-                Ok(()) => flush = true,
-                Err(socket) => broker.rejected(guest, stream, socket),
-            },
-            Order::Call(guest, call) => {
-                let socket = hub.socket(guest, call.stream);
-                broker.answer_call(guest, &call, socket);
-            }
-            Order::Abandon(guest, stream) => {
-                // The device sees its end as that of any connection.
-                if let Some(socket) = hub.socket(guest, stream) {
-                    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
-                }
-            }
-            Order::Flush(_) => flush = true,
-        }
-    }
-    if flush {
-        hub.flush(broker);
-    }
-}

@@ -1,5 +1,6 @@
 //! The broker as the vsock device sees it.
 
+use super::Order;
 use crate::broker::Broker;
 use kso_devices::vsock::{End, GuestId, Outside, Verdict};
 use kso_wire::Errno;
@@ -59,5 +60,6 @@ impl Outside for Broker {
 
     fn gone(&mut self, guest: GuestId) {
         self.clear_guest(guest);
+        self.guests.order(Order::Restarted(guest));
     }
 }

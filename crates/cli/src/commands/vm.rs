@@ -1,5 +1,6 @@
 //! `kso vm`: a program in a microVM, under a kernel of its own.
 
+mod files;
 mod served;
 mod start;
 mod supervise;

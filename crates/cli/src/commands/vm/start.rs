@@ -13,6 +13,8 @@ use std::time::SystemTime;
 /// A directory of this host that the guest sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Directory {
+    /// The name by which it is mounted.
+    pub tag: String,
     /// Where it is here.
     pub host: PathBuf,
     /// Where it is in the guest.
@@ -27,11 +29,12 @@ pub fn directories(args: &VmArgs) -> Result<Vec<Directory>> {
         Some(root) => existing(root).with_context(|| format!("--root {}", root.display()))?,
         None => PathBuf::from("/"),
     };
-    let mut all = vec![Directory { host: root, target: "/".into(), read_only: true }];
+    let directory = |host, target, read_only| Directory { tag: String::new(), host, target, read_only };
+    let mut all = vec![directory(root, PathBuf::from("/"), true)];
     let here = std::env::current_dir().context("the current directory cannot be told")?;
     // The root itself is under the overlay already.
     if args.root.is_none() && here != Path::new("/") {
-        all.push(Directory { target: here.clone(), host: here, read_only: false });
+        all.push(directory(here.clone(), here, false));
     }
     for text in &args.volume {
         let volume = volume(text).with_context(|| format!("-v {}", text.display()))?;
@@ -40,6 +43,9 @@ pub fn directories(args: &VmArgs) -> Result<Vec<Directory>> {
     }
     // What is below another is mounted after it.
     all.sort_by_key(|one| one.target.components().count());
+    for (place, one) in all.iter_mut().enumerate() {
+        one.tag = format!("kso{place}");
+    }
     Ok(all)
 }
 
@@ -74,12 +80,7 @@ fn volume(text: &OsStr) -> Result<Directory> {
         );
     }
     let host = existing(Path::new(OsStr::from_bytes(host)))?;
-    Ok(Directory { host, target: target.components().collect(), read_only })
-}
-
-/// The tag of a directory, by its place in the list.
-pub fn tag(place: usize) -> String {
-    format!("kso{place}")
+    Ok(Directory { tag: String::new(), host, target: target.components().collect(), read_only })
 }
 
 /// What init is told.
@@ -105,8 +106,8 @@ pub fn start(
     }
     let groups = rustix::process::getgroups().context("the groups of this user cannot be told")?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let mount = |(place, one): (usize, &Directory)| Mount {
-        tag: tag(place),
+    let mount = |one: &Directory| Mount {
+        tag: one.tag.clone(),
         target: one.target.as_os_str().as_bytes().to_vec(),
         read_only: one.read_only,
     };
@@ -120,7 +121,7 @@ pub fn start(
         terminal: None,
         error_apart: false,
         hostname: args.program.name.clone().unwrap_or_else(|| "kso".into()),
-        mounts: directories.iter().enumerate().map(mount).collect(),
+        mounts: directories.iter().map(mount).collect(),
         resolv_conf: resolv_conf(&hello.tun).into_bytes(),
         tun: hello.tun,
         publish: hello.publish.clone(),

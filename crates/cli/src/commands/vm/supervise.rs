@@ -5,10 +5,11 @@
 
 use super::VmArgs;
 use super::served::Served;
-use super::start::{self, Directory};
+use super::start;
 use crate::commands::program::raise_open_files;
 use anyhow::{Context, Result, bail};
 use kso_broker::BrokerConfig;
+use kso_devices::fs::FsMount;
 use kso_sys::process;
 use kso_vm::{AttachOptions, Attachment, DeviceSocket, Ends, Machine, MachineConfig, Outcome};
 use kso_wire::Hello;
@@ -47,6 +48,7 @@ struct Supervisor {
     served: Served,
     attachment: Attachment,
     machine: Machine,
+    _files: Vec<FsMount>,
     console: bool,
     /// Until its init runs.
     boots_until: Option<Instant>,
@@ -81,7 +83,8 @@ pub fn supervise(args: &VmArgs, hello: &Hello) -> Result<u8> {
     config.talkative = args.console;
     config.append.clone_from(&args.append);
     config.arguments.clone_from(&args.qemu_arg);
-    serve_files(&directories, &mut config)?;
+    let (files, systems) = super::files::serve(args, &directories)?;
+    config.file_systems = systems;
     let machine = Machine::start(&config)?;
     // QEMU has its own copies of the sockets: ours would keep the devices from seeing its end.
     drop(config);
@@ -90,6 +93,7 @@ pub fn supervise(args: &VmArgs, hello: &Hello) -> Result<u8> {
         served,
         attachment,
         machine,
+        _files: files,
         console: args.console,
         boots_until: Some(Instant::now() + args.boot_timeout()),
         boot_timeout: args.boot_timeout(),
@@ -107,10 +111,6 @@ fn streams(ends: Ends) -> Vec<(u32, OwnedFd)> {
         (ports::STDERR, stderr),
     ];
     all.into_iter().filter_map(|(port, end)| Some((port, end?))).collect()
-}
-
-fn serve_files(_directories: &[Directory], _config: &mut MachineConfig) -> Result<()> {
-    Ok(())
 }
 
 impl Supervisor {
