@@ -12,7 +12,7 @@ case "${1:-}" in
     '' | *[!0-9]*) ;;
     *) seconds=$1; shift ;;
 esac
-[ $# -gt 0 ] || set -- wire_decode provider_messages policy publish_config dns tun_packets gateway
+[ $# -gt 0 ] || set -- wire_decode provider_messages policy publish_config dns tun_packets gateway vsock_chains
 export RUSTC_BOOTSTRAP=1
 PATH="$PATH:$HOME/.cache/kso/tools/bin:${CARGO_HOME:-$HOME/.cargo}/bin"
 cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --locked

@@ -14,7 +14,9 @@ mod net;
 
 pub fn run() -> ! {
     let outcome = std::panic::catch_unwind(|| {
-        for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+        for (kind, at) in
+            [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("debugfs", "/sys/kernel/debug")]
+        {
             let _ = mount(kind, at, kind, MountFlags::empty(), c"");
         }
         let mut modules: Vec<_> =

@@ -1,5 +1,6 @@
 //! A split virtqueue that a front end has started.
 
+use rustix::event::EventfdFlags;
 use std::num::Wrapping;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -33,6 +34,24 @@ pub struct Queue {
 impl Queue {
     pub(super) fn new(kick: OwnedFd, ring: Ring) -> Self {
         Queue { kick, ring: Mutex::new(ring) }
+    }
+
+    /// A queue in memory of one's own, without a front end: for drivers in the same process (tests, fuzzing). The driver
+    /// gets the descriptors to kick and to be called with.
+    ///
+    /// # Errors
+    /// It does not lie in the memory; descriptors ran out.
+    pub fn in_memory(
+        memory: Arc<Memory>,
+        size: u16,
+        [descriptors, available, used]: [u64; 3],
+        event_idx: bool,
+    ) -> std::io::Result<(Self, [OwnedFd; 2])> {
+        let notifier = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let (kick, call) = (notifier()?, notifier()?);
+        let layout = Layout { size, descriptors, available, used, next: 0, event_idx };
+        let ring = Ring::new(layout, memory, Some(call.try_clone()?)).map_err(std::io::Error::other)?;
+        Ok((Queue::new(kick.try_clone()?, ring), [kick, call]))
     }
 
     /// Becomes readable when the driver has put something in. See the module about how to wait.
@@ -101,19 +120,6 @@ impl Ring {
         let used = queue.used_idx(memory.deref(), Ordering::Acquire)?;
         queue.set_next_used(used.0);
         Ok(Ring { queue, memory, call, open: true })
-    }
-
-    /// For rings in memory of one's own: tests, and fuzzing.
-    ///
-    /// # Errors
-    /// It does not lie in the memory.
-    pub fn in_memory(
-        memory: Arc<Memory>,
-        size: u16,
-        [descriptors, available, used]: [u64; 3],
-        event_idx: bool,
-    ) -> Result<Self, Broken> {
-        Self::new(Layout { size, descriptors, available, used, next: 0, event_idx }, memory, None)
     }
 
     /// The guest's memory, as it is mapped now.

@@ -138,7 +138,7 @@ impl<'m> Buffer<'m> {
 }
 
 /// Appends what the pieces hold to a queue of bytes.
-pub fn keep(pieces: &[VolatileSlice<'_>], mut skip: usize, into: &mut impl Extend<u8>) {
+pub fn keep(pieces: &[VolatileSlice<'_>], mut skip: usize, into: &mut impl for<'b> Extend<&'b u8>) {
     let mut chunk = [0; 4096];
     for piece in pieces {
         let mut at = skip.min(piece.len());
@@ -148,10 +148,35 @@ pub fn keep(pieces: &[VolatileSlice<'_>], mut skip: usize, into: &mut impl Exten
             if count == 0 {
                 break;
             }
-            into.extend(chunk.iter().take(count).copied());
+            into.extend(chunk.get(..count).unwrap_or_default());
             at += count;
         }
     }
+}
+
+/// Copies from pieces to pieces; how many bytes fitted.
+pub fn copy(from: &[VolatileSlice<'_>], to: &[VolatileSlice<'_>]) -> usize {
+    let mut targets = to.iter();
+    let mut target = targets.next().copied();
+    let mut copied = 0;
+    for piece in from {
+        let mut rest = *piece;
+        while !rest.is_empty() {
+            let Some(room) = target.filter(|target| !target.is_empty()) else {
+                target = targets.next().copied();
+                if target.is_none() {
+                    return copied;
+                }
+                continue;
+            };
+            let count = rest.len().min(room.len());
+            rest.copy_to_volatile_slice(room);
+            copied += count;
+            let (Ok(after), Ok(left)) = (rest.offset(count), room.offset(count)) else { return copied };
+            (rest, target) = (after, Some(left));
+        }
+    }
+    copied
 }
 
 /// Copies bytes into pieces; how many fitted.

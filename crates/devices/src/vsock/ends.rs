@@ -176,14 +176,4 @@ impl Hub {
         }
         self.consider(there);
     }
-
-    /// Bytes are held for the joined stream `peer`.
-    pub(super) fn feed(&mut self, id: Id, peer: Id, outside: &mut dyn Outside) {
-        if self.table.get(peer).is_some_and(|peer| !peer.orphan) {
-            self.consider(peer);
-        } else {
-            // As TCP answers bytes to a socket that is closed.
-            self.broke(id, Errno::EPIPE, outside);
-        }
-    }
 }

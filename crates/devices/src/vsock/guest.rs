@@ -22,6 +22,8 @@ pub enum Endpoint {
     Listener(UnixListener),
     /// It is connected already (it was given the other end).
     Connected(UnixStream),
+    /// It is in this process: RX and TX.
+    Queues(Queue, Queue),
 }
 
 /// Why a guest is dropped.

@@ -22,6 +22,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Most streams of a guest, unless [`Limits`] says otherwise.
@@ -59,6 +60,8 @@ pub struct Hub {
     pub(super) limits: Limits,
     /// Streams whose other end, in a guest too, is gone.
     pub(super) severed: Vec<Id>,
+    /// Guests that were given something and not interrupted for it yet.
+    pub(super) touched: Vec<usize>,
     /// Closed streams that still hold something, and until when they may.
     pub(super) orphans: VecDeque<(Instant, Id)>,
     spin: Spin,
@@ -103,8 +106,16 @@ impl Hub {
     pub fn new(limits: Limits) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let spin = Spin::new(Instant::now());
-        let (severed, orphans) = (Vec::new(), VecDeque::new());
-        Ok(Hub { epoll, guests: Vec::new(), table: Table::default(), limits, severed, orphans, spin })
+        Ok(Hub {
+            epoll,
+            guests: Vec::new(),
+            table: Table::default(),
+            limits,
+            severed: Vec::new(),
+            touched: Vec::new(),
+            orphans: VecDeque::new(),
+            spin,
+        })
     }
 
     /// Becomes readable when [`Self::run_ready`] has something to do.
@@ -136,6 +147,13 @@ impl Hub {
                 guest.listener = Some(listener);
             }
             Endpoint::Connected(stream) => guest.front = Some(self.front(index, stream)?),
+            Endpoint::Queues(rx, tx) => {
+                let flags = EventFlags::IN | EventFlags::ET;
+                self.watch(rx.kick(), Token::Kick(index), flags)?;
+                self.watch(tx.kick(), Token::Kick(index), flags)?;
+                (guest.rx, guest.tx) = (Some(Arc::new(rx)), Some(Arc::new(tx)));
+                guest.alive = true;
+            }
         }
         let id = GuestId(u32::try_from(index).map_err(io::Error::other)?);
         if vacant.is_none() {
@@ -246,6 +264,9 @@ impl Hub {
                 let awake = (0..self.guests.len()).any(|index| self.rest(index));
                 if !awake {
                     self.spin.sleep(now);
+                    return;
+                }
+                if now.duration_since(start) >= TURN {
                     return;
                 }
                 continue;

@@ -9,6 +9,7 @@ use super::table::{Entry, Far, Id};
 use crate::vhost::{Memory, Ring};
 use kso_sys::guest_memory;
 use std::os::fd::AsFd;
+use vm_memory::VolatileSlice;
 
 /// Most buffers of one read: others have their turn then.
 const MAX_STRIDE: usize = 96;
@@ -97,6 +98,7 @@ impl Hub {
 
     fn try_receive(&mut self, index: usize, outside: &mut dyn Outside) -> Result<bool, Fault> {
         let Some(guest) = self.guest(index) else { return Ok(false) };
+        guest.starved = false;
         if guest.line.is_empty() && guest.resets.is_empty() && guest.control.is_none() {
             return Ok(false);
         }
@@ -228,6 +230,60 @@ impl Hub {
                 Ok(Turn::Idle)
             }
             Err(error) => Ok(Turn::Broke(kso_sys::errno::of(&error))),
+        }
+    }
+
+    /// Gives the guest of a joined stream what the other one sent, straight from memory to memory; how much of it.
+    pub(super) fn place_joined(
+        &mut self,
+        id: Id,
+        peer: Id,
+        from: &[VolatileSlice<'_>],
+        bytes: usize,
+        outside: &mut dyn Outside,
+    ) -> usize {
+        // Behind what came before, if there is something.
+        if self.table.get(id).is_none_or(|entry| !entry.held.is_empty()) {
+            return 0;
+        }
+        let Some(entry) = self.table.get(peer) else { return 0 };
+        let (index, most) = (entry.guest, bytes.min(entry.stream.room() as usize));
+        let Some(queue) = self.guest(index).and_then(|guest| guest.rx.clone()).filter(|_| most > 0) else {
+            return 0;
+        };
+        let placed = queue.lock().map_or(Ok(0), |mut ring| {
+            let memory = ring.memory();
+            let gathered = gather(&mut ring, &memory, most, usize::MAX)?;
+            let copied = chain::copy(from, &gathered.pieces);
+            match self.table.get_mut(peer) {
+                Some(entry) => commit(&mut ring, &gathered, copied, entry).map(|()| copied),
+                None => Ok(0),
+            }
+        });
+        match placed {
+            Ok(placed) => {
+                if placed > 0 && !self.touched.contains(&index) {
+                    self.touched.push(index);
+                }
+                if let Some(entry) = self.table.get_mut(id) {
+                    entry.forwarded(placed);
+                }
+                placed
+            }
+            Err(fault) => {
+                self.fault(index, &fault, outside);
+                0
+            }
+        }
+    }
+
+    /// Interrupts the guests that were given something by [`Self::place_joined`].
+    pub(super) fn interrupt_touched(&mut self) {
+        while let Some(index) = self.touched.pop() {
+            if let Some(mut ring) = self.guest(index).and_then(|guest| guest.rx.as_ref()?.lock()) {
+                // If it cannot be read, the next look at it says so.
+                let _ = ring.signal();
+            }
         }
     }
 

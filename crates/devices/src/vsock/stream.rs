@@ -282,3 +282,7 @@ impl Stream {
         Header { buf_alloc: self.window, fwd_cnt: self.forwarded, ..Header::to_guest(self.key, op) }
     }
 }
+
+#[cfg(test)]
+#[path = "stream/tests.rs"]
+mod tests;

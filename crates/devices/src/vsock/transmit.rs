@@ -88,6 +88,7 @@ impl Hub {
             ring.push(head, 0)?;
             returned += 1;
         }
+        self.interrupt_touched();
         if let Some(guest) = self.guest(index) {
             guest.unsignalled += returned;
             if guest.unsignalled >= MODERATION {
@@ -250,11 +251,18 @@ impl Hub {
                 let guest = guest_id(entry.guest);
                 outside.control(guest, &message).map_err(Fault::Control)?;
             }
-            Far::Socket(_) | Far::Joined(_) => {
-                let far = if let Far::Joined(peer) = entry.far { Some(peer) } else { None };
-                self.hold(id, &batch.pieces, 0, outside);
-                if let Some(peer) = far {
-                    self.feed(id, peer, outside);
+            Far::Socket(_) => self.hold(id, &batch.pieces, 0, outside),
+            Far::Joined(peer) => {
+                let peer = *peer;
+                if self.table.get(peer).is_none_or(|peer| peer.orphan) {
+                    // As TCP answers bytes to a socket that is closed.
+                    self.broke(id, Errno::EPIPE, outside);
+                    return Ok(false);
+                }
+                let placed = self.place_joined(id, peer, &batch.pieces, bytes, outside);
+                if placed < bytes {
+                    self.hold(id, &batch.pieces, placed, outside);
+                    self.consider(peer);
                 }
             }
         }
