@@ -29,7 +29,9 @@ pub fn run() -> ! {
         }
         let _ = std::fs::write("/sys/kernel/debug/sched/features", "NO_WAKEUP_PREEMPTION");
         match std::env::args().nth(1).as_deref() {
-            Some("bench") => bench::run(),
+            Some(mode) if mode.starts_with("bench") => {
+                bench::run(mode.trim_start_matches("bench").trim_start_matches('-'))
+            }
             _ => check(),
         }
     });

@@ -145,7 +145,7 @@ impl Ring {
     /// Whether the driver has put something in that was not taken yet.
     #[must_use]
     pub fn has_available(&self) -> bool {
-        let index = self.queue.avail_idx(self.memory.deref(), Ordering::Acquire);
+        let index = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
         // An unreadable ring counts as one with something in it: `pop` then tells that it is broken.
         index.map_or(true, |index| index != Wrapping(self.queue.next_avail()))
     }
@@ -174,8 +174,7 @@ impl Ring {
         if !self.open {
             return Ok(());
         }
-        let memory = Arc::clone(&self.memory);
-        Ok(self.queue.add_used(memory.deref(), head, written)?)
+        Ok(self.queue.add_used(&*self.memory, head, written)?)
     }
 
     /// Interrupts the driver if it wants to know of what was pushed since the last time.
@@ -183,13 +182,12 @@ impl Ring {
     /// # Errors
     /// The ring cannot be read.
     pub fn signal(&mut self) -> Result<(), Broken> {
-        let memory = Arc::clone(&self.memory);
         let wanted = if self.queue.event_idx_enabled() {
-            self.queue.needs_notification(memory.deref())?
+            self.queue.needs_notification(&*self.memory)?
         } else {
             // The used index must be seen before the flags are read.
             fence(Ordering::SeqCst);
-            let flags = memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
+            let flags = self.memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
             u16::from_le(flags.map_err(Error::GuestMemory)?) & NO_INTERRUPT == 0
         };
         if let Some(call) = self.call.as_ref().filter(|_| wanted) {
@@ -204,8 +202,7 @@ impl Ring {
     /// # Errors
     /// The ring cannot be written.
     pub fn suppress_kicks(&mut self) -> Result<(), Broken> {
-        let memory = Arc::clone(&self.memory);
-        Ok(self.queue.disable_notification(memory.deref())?)
+        Ok(self.queue.disable_notification(&*self.memory)?)
     }
 
     /// Tells the driver to kick when it puts something in. True: something is there already.
@@ -213,7 +210,6 @@ impl Ring {
     /// # Errors
     /// The ring cannot be written.
     pub fn await_kicks(&mut self) -> Result<bool, Broken> {
-        let memory = Arc::clone(&self.memory);
-        Ok(self.queue.enable_notification(memory.deref())?)
+        Ok(self.queue.enable_notification(&*self.memory)?)
     }
 }

@@ -8,16 +8,14 @@
 //! ```
 
 use super::guest::{Endpoint, Fault, Guest, RX, TX};
-use super::outside::{End, GuestId, Outside};
-use super::packet::{Header, Op};
+use super::outside::{GuestId, Outside};
 use super::spin::Spin;
 use super::stream::{Phase, Stream};
-use super::table::{Entry, Far, Id, Table};
+use super::table::{Far, Id, Table};
 use crate::vhost::{Change, FrontEnd};
-use kso_wire::Errno;
 use kso_wire::guest::StreamKey;
 use rustix::event::Timespec;
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -31,6 +29,8 @@ pub const MAX_STREAMS: usize = 65_536;
 const TURN: Duration = Duration::from_micros(500);
 /// Longest turn without work.
 const IDLE_TURN: Duration = Duration::from_micros(20);
+/// How long an interrupt for returned packets may be put off: the guest only wants the memory back.
+const PUT_OFF: Duration = Duration::from_millis(10);
 /// Events taken at once.
 const EVENTS: usize = 128;
 
@@ -52,7 +52,6 @@ impl Default for Limits {
 }
 
 /// The vsock device of any number of guests.
-#[derive(Debug)]
 pub struct Hub {
     epoll: OwnedFd,
     pub(super) guests: Vec<Option<Guest>>,
@@ -62,9 +61,18 @@ pub struct Hub {
     pub(super) severed: Vec<Id>,
     /// Guests that were given something and not interrupted for it yet.
     pub(super) touched: Vec<usize>,
+    /// When to send the interrupts for returned packets that were put off.
+    pub(super) interrupts: Option<Instant>,
     /// Closed streams that still hold something, and until when they may.
     pub(super) orphans: VecDeque<(Instant, Id)>,
+    events: Vec<Event>,
     spin: Spin,
+}
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hub").field("guests", &self.guests).finish_non_exhaustive()
+    }
 }
 
 /// What an event of epoll is about.
@@ -113,7 +121,9 @@ impl Hub {
             limits,
             severed: Vec::new(),
             touched: Vec::new(),
+            interrupts: None,
             orphans: VecDeque::new(),
+            events: Vec::with_capacity(EVENTS),
             spin,
         })
     }
@@ -128,8 +138,11 @@ impl Hub {
     /// descriptors.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        let orphan = || self.orphans.front().map(|(deadline, _)| *deadline);
-        if self.spin.sleeping() { orphan() } else { Some(Instant::now()) }
+        if !self.spin.sleeping() {
+            return Some(Instant::now());
+        }
+        let orphan = self.orphans.front().map(|(deadline, _)| *deadline);
+        [orphan, self.interrupts].into_iter().flatten().min()
     }
 
     /// A guest whose VMM comes from `endpoint`.
@@ -261,8 +274,12 @@ impl Hub {
                 continue;
             }
             if self.spin.over(now) {
-                let awake = (0..self.guests.len()).any(|index| self.rest(index));
+                let late = self.interrupts.is_some_and(|at| at <= now);
+                let awake = (0..self.guests.len()).fold(false, |awake, index| self.rest(index, late) | awake);
                 if !awake {
+                    let owed = self.guests.iter().flatten().any(|guest| guest.unsignalled > 0);
+                    self.interrupts =
+                        owed.then(|| self.interrupts.filter(|_| !late).unwrap_or(now + PUT_OFF));
                     self.spin.sleep(now);
                     return;
                 }
@@ -274,8 +291,9 @@ impl Hub {
             if now.duration_since(idle_since) >= IDLE_TURN || now.duration_since(start) >= TURN {
                 return;
             }
-            // On a busy core the guest itself, or its VMM's other thread, is what to wait for.
+            // The VMM's thread that is to interrupt the guest may wait for this very core.
             std::thread::yield_now();
+            self.spin.yielded(now, Instant::now());
         }
     }
 
@@ -290,12 +308,14 @@ impl Hub {
     }
 
     fn events(&mut self, outside: &mut dyn Outside) -> bool {
-        let mut events = Vec::with_capacity(EVENTS);
+        let mut events = std::mem::take(&mut self.events);
+        events.clear();
         let none = Timespec::default();
         let buffer = rustix::buffer::spare_capacity(&mut events);
         if epoll::wait(&self.epoll, buffer, Some(&none)).is_err() {
-            return false;
+            events.clear();
         }
+        let worked = !events.is_empty();
         for event in &events {
             // The structure is packed.
             let (data, flags) = (event.data, event.flags);
@@ -307,7 +327,8 @@ impl Hub {
                 Token::Stream(id) => self.socket_ready(id, flags, outside),
             }
         }
-        !events.is_empty()
+        self.events = events;
+        worked
     }
 
     fn accept(&mut self, index: usize) {
@@ -396,13 +417,13 @@ impl Hub {
         }
     }
 
-    /// Before sleeping: interrupts that were put off, and kicks on. True: there is something to do after all.
-    fn rest(&mut self, index: usize) -> bool {
+    /// Before sleeping: interrupts that were put off for long, and kicks on. True: there is something to do after all.
+    fn rest(&mut self, index: usize, late: bool) -> bool {
         let blocked = self.blocked(index);
         let Some(guest) = self.guest(index) else { return false };
         let mut awake = false;
         if let Some(mut ring) = guest.tx.as_ref().and_then(|queue| queue.lock()) {
-            if std::mem::take(&mut guest.unsignalled) > 0 {
+            if late && std::mem::take(&mut guest.unsignalled) > 0 {
                 let _ = ring.signal();
             }
             awake |= !blocked && ring.await_kicks().unwrap_or(false);
@@ -413,108 +434,6 @@ impl Hub {
             awake |= ring.await_kicks().unwrap_or(false);
         }
         awake
-    }
-
-    /// Whether there may be one more stream by this name.
-    pub(super) fn may_add(&mut self, index: usize, key: StreamKey) -> bool {
-        let limits = self.limits;
-        self.guest(index).is_some_and(|guest| {
-            guest.tx.is_some()
-                && guest.names.len() < limits.streams
-                && guest.half_open < limits.half_open
-                && !guest.names.contains_key(&key)
-        })
-    }
-
-    pub(super) fn add(&mut self, index: usize, stream: Stream, far: Far) -> Id {
-        let key = stream.key();
-        let half_open = usize::from(stream.phase() != Phase::Open);
-        let id = self.table.insert(Entry::new(index, stream, far));
-        if let Some(guest) = self.guest(index) {
-            guest.names.insert(key, id);
-            guest.half_open += half_open;
-        }
-        id
-    }
-
-    /// Puts a stream in line for buffers if it has something for the guest.
-    pub(super) fn consider(&mut self, id: Id) {
-        let Some(entry) = self.table.get(id) else { return };
-        let source = match &entry.far {
-            Far::Socket(_) => entry.readable,
-            Far::Joined(peer) => self.table.get(*peer).is_some_and(|peer| !peer.held.is_empty()),
-            Far::Control => false,
-        };
-        if entry.queued || entry.orphan || !(entry.stream.owed() || source && entry.stream.room() > 0) {
-            return;
-        }
-        let guest = entry.guest;
-        if let Some(entry) = self.table.get_mut(id) {
-            entry.queued = true;
-        }
-        if let Some(guest) = self.guest(guest) {
-            guest.line.push_back(id);
-        }
-    }
-
-    pub(super) fn reset_packet(&mut self, index: usize, key: StreamKey) {
-        if let Some(guest) = self.guest(index) {
-            guest.resets.push_back(Header::to_guest(key, Op::Reset));
-        }
-    }
-
-    /// Takes a stream's name away from the guest; its entry stays.
-    pub(super) fn unname(&mut self, id: Id) {
-        let Some(entry) = self.table.get_mut(id) else { return };
-        let (index, key, phase) = (entry.guest, entry.stream.key(), entry.stream.phase());
-        let Some(guest) = self.guest(index) else { return };
-        if guest.names.get(&key) == Some(&id) {
-            guest.names.remove(&key);
-            guest.half_open -= usize::from(phase != Phase::Open);
-        }
-        if guest.control == Some(id) {
-            guest.control = None;
-        }
-    }
-
-    /// Removes an entry; its socket is closed.
-    pub(super) fn discard(&mut self, id: Id) -> Option<Entry> {
-        self.unname(id);
-        let entry = self.table.remove(id)?;
-        if let Some(guest) = self.guest(entry.guest) {
-            guest.held = guest.held.saturating_sub(entry.held.len());
-        }
-        Some(entry)
-    }
-
-    /// Drops all streams of a guest. What it sent already is still delivered.
-    pub(super) fn drop_streams(&mut self, index: usize) {
-        for id in self.table.of_guest(index) {
-            self.unname(id);
-            let Some(entry) = self.table.get_mut(id) else { continue };
-            if entry.stream.phase() == Phase::Open && !entry.held.is_empty() {
-                let already = std::mem::replace(&mut entry.orphan, true);
-                entry.finishing = true;
-                if !already {
-                    self.bury_later(id);
-                }
-            } else {
-                self.sever(id);
-            }
-        }
-        if let Some(guest) = self.guest(index) {
-            guest.line.clear();
-            guest.resets.clear();
-            guest.half_open = 0;
-            guest.starved = false;
-        }
-    }
-
-    /// An open stream ended: tells the outside.
-    pub(super) fn ended(&mut self, id: Id, errno: Option<Errno>, outside: &mut dyn Outside) {
-        let Some(entry) = self.table.get(id) else { return };
-        let end = End { bytes_out: entry.bytes_out, bytes_in: entry.bytes_in, errno };
-        outside.ended(guest_id(entry.guest), entry.stream.key(), end);
     }
 }
 

@@ -13,6 +13,7 @@ mod hub;
 mod outside;
 mod receive;
 mod spin;
+mod streams;
 mod table;
 mod transmit;
 
