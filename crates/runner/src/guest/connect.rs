@@ -66,6 +66,8 @@ impl GuestRunner {
         self.receive_control();
         let socket = target.socket.as_fd();
         match vsock::state(socket)? {
+            // Its error is being put back on it: see `connector`.
+            State::Connecting if self.recent.get(port).is_some_and(|begun| begun.failed) => {}
             State::Connecting => {
                 if !nonblocking(socket)? {
                     return self.wait_for_connection(target, port);
@@ -145,6 +147,7 @@ impl GuestRunner {
             options: options.clone(),
             unheard: true,
             interrupted: false,
+            failed: false,
         };
         if inside {
             vsock::set_connect_timeout(socket.as_fd(), INSIDE_PATIENCE)?;
@@ -162,11 +165,14 @@ impl GuestRunner {
             if let Err(errno) = self.control.send_now(&ToHost::Prepare(prepare)) {
                 return Ok(Outcome::error(errno));
             }
-            if let Err(error) = self.connector.begin(socket.as_fd(), to) {
+            if let Err(error) = self.connector.begin(socket.as_fd(), to, nonblocking) {
                 return Ok(Outcome::error(errno::of(&error)));
             }
         }
         self.recent.insert(port, begun);
+        if !inside {
+            self.is_underway(port, socket.as_fd())?;
+        }
         if !self.descriptors.swap(&self.notifier, &target, socket.as_fd(), nonblocking)? {
             // Another thread closed it meanwhile.
             return Ok(Outcome::error(Errno::EBADF));

@@ -10,6 +10,9 @@
 //!   helper:        connect() ........................................... returns: next job
 //! ```
 //!
+//! A call that fails takes the socket's error with it, and who polls the socket would not see one: a helper puts an
+//! error back, by a connection inside that nobody takes. Which error it was, the broker says.
+//!
 //! When every helper waits for some slow peer, a connection is begun without one, with less patience.
 
 use kso_sys::{process, vsock};
@@ -31,12 +34,18 @@ const IDLE: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Patience without a helper.
 const SHORT_PATIENCE: Duration = Duration::from_secs(30);
+/// A port of the guest on which nobody listens: programs cannot, and we do not.
+const NOBODY: u32 = 1;
+/// It is refused at once.
+const INSIDE_PATIENCE: Duration = Duration::from_millis(10);
 /// A helper enters its call within so many turns of this thread, unless something is very wrong.
 const MAX_TURNS: usize = 100_000;
 
 struct Job {
     socket: OwnedFd,
     to: vsock::Address,
+    /// The program does not wait in its call.
+    polled: bool,
     /// [`RUNNING`], [`OVER`], or the number of an error.
     result: Arc<AtomicI32>,
 }
@@ -62,7 +71,7 @@ impl Connector {
     ///
     /// # Errors
     /// It could not be begun.
-    pub(super) fn begin(&self, socket: BorrowedFd<'_>, to: vsock::Address) -> io::Result<()> {
+    pub(super) fn begin(&self, socket: BorrowedFd<'_>, to: vsock::Address, polled: bool) -> io::Result<()> {
         if !self.reserve() {
             vsock::set_connect_timeout(socket, SHORT_PATIENCE)?;
             fcntl_setfl(socket, OFlags::NONBLOCK)?;
@@ -75,7 +84,7 @@ impl Connector {
         }
         vsock::set_connect_timeout(socket, PATIENCE)?;
         let result = Arc::new(AtomicI32::new(RUNNING));
-        let job = Job { socket: socket.try_clone_to_owned()?, to, result: Arc::clone(&result) };
+        let job = Job { socket: socket.try_clone_to_owned()?, to, polled, result: Arc::clone(&result) };
         self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner).push_back(job);
         self.0.wake.notify_one();
         for _ in 0..MAX_TURNS {
@@ -110,6 +119,12 @@ impl Connector {
     }
 }
 
+/// The socket has an error again, and whoever waits for it is woken.
+fn put_error_back(socket: BorrowedFd<'_>) -> io::Result<()> {
+    vsock::set_connect_timeout(socket, INSIDE_PATIENCE)?;
+    vsock::connect(socket, vsock::Address { cid: vsock::CID_LOCAL, port: NOBODY })
+}
+
 /// The other end refused, or did not answer.
 fn refused(error: &io::Error) -> bool {
     matches!(kso_sys::errno::of(error), Errno::ECONNRESET | Errno::EPROTO | Errno::ETIMEDOUT | Errno::EINTR)
@@ -128,6 +143,10 @@ fn help(shared: &Shared) {
         // What the kernel itself refuses (no transport, no memory) is told at once.
         let result = match vsock::connect(job.socket.as_fd(), job.to) {
             Err(error) if !refused(&error) => error.raw_os_error().unwrap_or(OVER),
+            Err(_) if job.polled => {
+                let _ = put_error_back(job.socket.as_fd());
+                OVER
+            }
             _ => OVER,
         };
         job.result.store(result, Ordering::Release);

@@ -86,6 +86,7 @@ impl GuestRunner {
         if let Some(begun) = self.recent.get_mut(port) {
             begun.local = Some(local);
         }
+        self.underway.remove(port);
         let Some(waiting) = self.connecting.get_mut(&port) else { return };
         for held in waiting.iter_mut() {
             held.established = true;
@@ -117,6 +118,10 @@ impl GuestRunner {
 
     /// The broker says that a connection failed.
     pub(super) fn failed(&mut self, port: u32, errno: Errno) {
+        self.underway.remove(port);
+        if let Some(begun) = self.recent.get_mut(port) {
+            begun.failed = true;
+        }
         if self.connecting.contains_key(&port) {
             self.answer_connecting(port, Response::Error(kso_sys::errno::to_raw(errno)));
         } else {
@@ -156,6 +161,8 @@ impl GuestRunner {
     /// Looks at callers that wait: for signals, time limits, and whether they are still there.
     pub(super) fn look(&mut self, now: Instant) {
         self.look_at = None;
+        // What the kernel knows already the broker has said.
+        self.receive_control();
         self.expire_asked(now);
         let ports: Vec<u32> = self.connecting.keys().copied().collect();
         for port in ports {

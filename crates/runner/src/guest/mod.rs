@@ -37,6 +37,7 @@ mod ports;
 mod recent;
 mod run;
 mod signals;
+mod underway;
 mod watch;
 
 pub use filter::rules;
@@ -159,6 +160,7 @@ pub struct GuestRunner {
     peers: peers::Peers,
     recent: recent::Recent,
     failures: recent::Failures,
+    underway: underway::Underway,
     listeners: watch::Watch<listen::Published>,
     reservations: watch::Watch<SocketAddr>,
     /// Cookies of TCP sockets on which options were set that need reading.
@@ -216,6 +218,7 @@ impl GuestRunner {
             peers: peers::Peers::default(),
             recent: recent::Recent::default(),
             failures: recent::Failures::default(),
+            underway: underway::Underway::default(),
             listeners: watch::Watch::new()?,
             reservations: watch::Watch::new()?,
             tuned: VecDeque::new(),

@@ -25,6 +25,8 @@ pub struct Begun {
     pub unheard: bool,
     /// Its caller was interrupted before it heard `EINPROGRESS`.
     pub interrupted: bool,
+    /// The broker said that it failed.
+    pub failed: bool,
 }
 
 /// Connections by vsock port.

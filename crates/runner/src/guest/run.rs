@@ -52,7 +52,12 @@ impl GuestRunner {
     /// The kernel refuses to wait.
     pub fn wait(&mut self, other: BorrowedFd<'_>, limit: Option<Duration>) -> io::Result<bool> {
         let now = Instant::now();
-        let deadlines = [self.look_at, self.sweep_at, self.descriptors.threads.next_deadline()];
+        let deadlines = [
+            self.look_at,
+            self.sweep_at,
+            self.underway.next_deadline(),
+            self.descriptors.threads.next_deadline(),
+        ];
         let next = deadlines.into_iter().flatten().min().map(|at| at.saturating_duration_since(now));
         let timeout = [next, limit].into_iter().flatten().min();
         let [calls, events, tun, stream, other] = self.poll(other, timeout)?;
@@ -128,7 +133,10 @@ impl GuestRunner {
                     self.receive_control();
                 }
                 Source::Accepting(port) => self.acceptable(port),
-                Source::Connecting(port) => self.settle(port),
+                Source::Connecting(port) => {
+                    self.receive_control();
+                    self.settle(port);
+                }
             }
         }
         Ok(())
@@ -142,6 +150,9 @@ impl GuestRunner {
         }
         if due(self.sweep_at) {
             self.sweep();
+        }
+        if due(self.underway.next_deadline()) {
+            self.abandon(now);
         }
         if due(self.descriptors.threads.next_deadline()) {
             self.descriptors.threads.forget_ended();
