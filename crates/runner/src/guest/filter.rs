@@ -35,6 +35,10 @@ pub fn rules(publishing: Publishing, io_uring: bool) -> Vec<Rule> {
     let mut rules = interceptor::rules(publishing, io_uring);
     // These are here without a condition, or with another one.
     rules.retain(|rule| !matches!(rule.call, number::SETSOCKOPT | number::GETSOCKNAME));
+    if publishing != Publishing::Everything {
+        // No port is reserved, and AF_VSOCK refuses to bind what is no vsock address.
+        rules.retain(|rule| rule.call != number::BIND);
+    }
     // Vsock sockets are ours: a program's own could reach past the runner.
     rules.push(Rule {
         call: number::SOCKET,
