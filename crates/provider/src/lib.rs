@@ -18,6 +18,7 @@ pub mod client;
 pub mod datagram;
 pub mod diagnostics;
 pub mod echo;
+pub mod everywhere;
 mod netlink;
 pub mod processes;
 pub mod relay;

@@ -13,6 +13,8 @@ const ERROR: u16 = 2;
 const DONE: u16 = 3;
 /// `NLM_F_REQUEST | NLM_F_DUMP`.
 const REQUEST_DUMP: u16 = 0x301;
+/// `NLM_F_REQUEST | NLM_F_ACK`.
+const REQUEST_ACK: u16 = 0x5;
 /// Room for one read; the kernel fills at most 32 KiB at a time in a dump (net/netlink/af_netlink.c).
 const READ: usize = 32 * 1024;
 /// A dump of more parts than this is given up: it would not end.
@@ -67,6 +69,26 @@ impl Netlink {
             }
         }
         Err(io::Error::other("a dump without an end"))
+    }
+
+    /// Asks for a change, and for the kernel's word on it. The kernel answers while it is asked.
+    pub fn change(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+        let length = u32::try_from(HEADER + body.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut request = Vec::with_capacity(HEADER + body.len());
+        request.extend_from_slice(&length.to_ne_bytes());
+        request.extend_from_slice(&kind.to_ne_bytes());
+        request.extend_from_slice(&(REQUEST_ACK | flags).to_ne_bytes());
+        request.extend_from_slice(&[0; 8]);
+        request.extend_from_slice(body);
+        rustix::net::send(&self.socket, &request, SendFlags::empty())?;
+        let mut buffer = vec![0; READ];
+        let read = self.receive(&mut buffer)?;
+        match messages(read).find(|message| message.kind == ERROR) {
+            // An error of zero is the acknowledgement.
+            Some(message) if number(message.body, 0) == Some(0) => Ok(()),
+            Some(message) => Err(failure(message.body)),
+            None => Err(io::Error::other("the kernel did not answer")),
+        }
     }
 
     /// Calls `each` with every notification that is there. `ENOBUFS` says that some were lost.

@@ -3,8 +3,8 @@
 use super::*;
 use crate::client::{Client, Fault as ClientFault};
 use crate::relay::stream_pair;
-use kso_wire::provide::{Connect, Listen, ListenerId, StreamId, ToBroker};
 use kso_wire::SocketOptions;
+use kso_wire::provide::{Connect, Listen, ListenerId, StreamId, ToBroker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

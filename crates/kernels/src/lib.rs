@@ -1,0 +1,5 @@
+//! External kernels.
+#![forbid(unsafe_code)]
+
+pub mod exchange;
+mod icmp;
