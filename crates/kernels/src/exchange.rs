@@ -214,7 +214,7 @@ impl Exchange {
         Ok(socket)
     }
 
-    /// Whether a program could listen on `inner`: a listener of its own may do so.
+    /// The socket for a program that connects to a listener of its own session.
     ///
     /// # Errors
     /// What `connect` said.

@@ -1,5 +1,28 @@
-//! External kernels.
+//! External kernels: started, watched, restarted and put aside; with stand-ins for the sockets that programs have on them.
+//!
+//! ```text
+//!   broker's loop                     a thread for each kernel                       the kernel
+//!     Kernels -- Command ----------->  Worker: provider's client, relays ---------->  provider
+//!             <----------- Event ----    |  far ends of stand-ins <== streams ====>    its sockets
+//!     Exchange: stand-ins, one for each session
+//! ```
+//!
+//! The thread owns everything of its kernel; the broker's loop chooses kernels by the routes of a session
+//! ([`kso_core::routes`]), hands stand-ins to programs, and sends what a dead kernel left behind to the next.
+//! This crate knows nothing of sessions or policy.
 #![forbid(unsafe_code)]
 
-pub mod exchange;
+mod exchange;
+mod gvisor;
 mod icmp;
+mod kernels;
+mod make;
+mod network;
+mod session;
+mod worker;
+
+pub use exchange::{Exchange, Pending};
+pub use gvisor::find_runsc;
+pub use kernels::{Kernels, KernelsConfig, Status, outer_address, what_is_missing};
+pub use make::{StartError, missing};
+pub use worker::{Connecting, Event, Happened, Listening};

@@ -23,6 +23,8 @@ use std::time::Duration;
 
 /// Bytes read at a time.
 pub const BUFFER: usize = 256 << 10;
+/// Bytes that may wait in a stream.
+const STREAM_BUFFER: usize = 512 << 10;
 /// Bytes of one direction that are moved before others have their turn.
 const TURN: usize = 1 << 20;
 
@@ -316,7 +318,12 @@ pub fn reset(tcp: OwnedFd) {
 pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    Ok(socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
+    let (one, other) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    for end in [&one, &other] {
+        // Beyond net.core.wmem_max with privilege; a smaller buffer is no reason to fail.
+        let _ = sockopt::set_socket_send_buffer_size_force(end, STREAM_BUFFER);
+    }
+    Ok((one, other))
 }
 
 #[cfg(test)]

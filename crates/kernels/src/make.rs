@@ -1,0 +1,150 @@
+//! How each make of kernel is started and stopped.
+
+use crate::gvisor::Gvisor;
+use kso_core::kernels::{KernelSpec, Make};
+use kso_provider::relay::stream_pair;
+use kso_provider::server::{Limits, Shared};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+
+/// Why a kernel does not start. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Something is not installed.
+    #[error("{what} is missing: {hint}")]
+    Missing {
+        /// What.
+        what: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A step failed.
+    #[error("cannot {what}: {source}")]
+    Step {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A command failed, and said this.
+    #[error("`{command}` failed: {said}")]
+    Command {
+        /// What was run.
+        command: String,
+        /// What it printed.
+        said: String,
+    },
+}
+
+impl StartError {
+    pub(crate) fn step(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Step { what, source }
+    }
+}
+
+/// A kernel that was started.
+#[derive(Debug)]
+pub(crate) struct Started {
+    /// The control stream to its provider.
+    pub control: OwnedFd,
+    /// What has to be ended with it.
+    pub keep: Keep,
+}
+
+/// What a kernel consists of on this host.
+#[derive(Debug)]
+pub(crate) enum Keep {
+    /// Nothing: it ends with its control stream.
+    Nothing,
+    /// A gVisor sandbox.
+    Gvisor(Box<Gvisor>),
+}
+
+impl Keep {
+    /// Ends it, whatever state it is in.
+    pub fn end(self) {
+        match self {
+            Self::Nothing => {}
+            Self::Gvisor(gvisor) => gvisor.end(),
+        }
+    }
+}
+
+/// Starts a kernel. `program`: the kso command, to run inside.
+pub(crate) fn start(spec: &KernelSpec, program: &Path, number: u64) -> Result<Started, StartError> {
+    match spec.make {
+        Make::Host => host(spec),
+        Make::Provider => {
+            let path = spec.path.clone().unwrap_or_default();
+            let stream = UnixStream::connect(&path)
+                .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
+                .map_err(StartError::step(format!(
+                    "reach the provider at {} (start one with: kso provide --listen unix:PATH)",
+                    path.display()
+                )))?;
+            Ok(Started { control: stream.into(), keep: Keep::Nothing })
+        }
+        Make::Gvisor => {
+            let (gvisor, control) = Gvisor::start(spec, program, number)?;
+            Ok(Started { control, keep: Keep::Gvisor(Box::new(gvisor)) })
+        }
+    }
+}
+
+/// A provider on a thread of this process.
+fn host(spec: &KernelSpec) -> Result<Started, StartError> {
+    let (control, other) = stream_pair().map_err(StartError::step("make a stream"))?;
+    let addresses: Vec<IpAddr> = spec.addresses.iter().map(ipnet::IpNet::addr).collect();
+    let mut shared = Shared::default();
+    shared.addresses = addresses;
+    std::thread::Builder::new()
+        .name("kso-provider".into())
+        .spawn(move || {
+            if let Err(error) = shared.serve(other, Limits::default()) {
+                tracing::warn!(%error, "the host's provider ended");
+            }
+        })
+        .map_err(StartError::step("start a thread"))?;
+    Ok(Started { control, keep: Keep::Nothing })
+}
+
+/// What is missing here for a make of kernel; nothing: it can run.
+#[must_use]
+pub fn missing(make: Make) -> Vec<String> {
+    let mut missing = Vec::new();
+    if make == Make::Host || make == Make::Provider {
+        return missing;
+    }
+    if !rustix::process::geteuid().is_root() {
+        missing.push("root: it needs network namespaces and virtual cables".into());
+    }
+    if crate::gvisor::find_runsc().is_none() {
+        missing.push(format!("runsc: {}", crate::gvisor::INSTALL));
+    }
+    for (command, package) in [("ip", "iproute2"), ("unshare", "util-linux"), ("nsenter", "util-linux")] {
+        if find(command).is_none() {
+            missing.push(format!("{command}: apt-get install {package}"));
+        }
+    }
+    missing
+}
+
+/// A command in PATH, or where administrators' commands are.
+pub(crate) fn find(command: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin"].map(PathBuf::from))
+        .map(|directory| directory.join(command))
+        .find(|path| path.is_file())
+}
+
+/// Waits for a child that was told to end, or was killed.
+pub(crate) fn reap(mut child: Child) {
+    let _ = child.kill();
+    let _ = child.wait();
+}

@@ -1,0 +1,409 @@
+//! One life of a kernel: its provider's client, and the far ends of the stand-ins that it serves.
+//!
+//! ```text
+//!   Connect --> connecting -- Connected --> joined -- over --> gone
+//!                   +-- Failed --> gone
+//!   Accepted --> dialling -- the program's listener took it --> joined
+//!                   +-- it is closed --> gone, and the listener with it
+//! ```
+
+use crate::exchange::{self, Exchange};
+use crate::worker::{Command, Connecting, Happened, Inbox, Listening, Outbox};
+use kso_provider::client::{Client, Fault};
+use kso_provider::relay::{self, Pair, Side, Step};
+use kso_wire::Errno;
+use kso_wire::provide::{self, ListenerId, StreamId, ToBroker};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::time::Timespec;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// So many events are taken at a time.
+const EVENTS: usize = 256;
+/// Streams that wait at a listener for connections.
+const OFFERS: usize = 16;
+/// Descriptors of a connection, as the lower bits of an event's number have them.
+const FAR: u64 = 0;
+const STREAM: u64 = 1;
+/// Numbers that are no connection's.
+const CONTROL: u64 = u64::MAX;
+const COMMANDS: u64 = u64::MAX - 1;
+
+enum State {
+    Connecting(Connecting),
+    Dialling { far: OwnedFd },
+    Joined(Pair),
+}
+
+struct Connection {
+    state: State,
+    /// Our end of the stream; in a pair once joined.
+    stream: Option<OwnedFd>,
+    tag: u64,
+    listener: Option<u64>,
+    queued: bool,
+}
+
+struct Listener {
+    spec: Listening,
+    /// Streams offered and not used up.
+    offers: HashMap<StreamId, OwnedFd>,
+}
+
+/// What is left of a session.
+pub(crate) struct Remains {
+    /// Why it ended; `None`: it was told to.
+    pub reason: Option<String>,
+    /// Connections that were not up yet.
+    pub connecting: Vec<Connecting>,
+    /// Listeners that listened, or were to.
+    pub listening: Vec<Listening>,
+}
+
+/// See the module.
+pub(crate) struct Session<'a> {
+    epoll: OwnedFd,
+    client: Client,
+    inbox: &'a Inbox,
+    outbox: &'a Outbox,
+    connections: HashMap<u64, Connection>,
+    listeners: HashMap<u64, Listener>,
+    queue: Vec<u64>,
+    next: u64,
+    scratch: Vec<u8>,
+    writes_watched: bool,
+    told_to_end: bool,
+}
+
+impl<'a> Session<'a> {
+    pub fn new(
+        control: OwnedFd,
+        name: &str,
+        patience: Duration,
+        inbox: &'a Inbox,
+        outbox: &'a Outbox,
+    ) -> Result<Self, Fault> {
+        let client = Client::new(control, name, patience)?;
+        let io = |error: rustix::io::Errno| Fault::Channel(kso_provider::channel::ChannelError::Io(error));
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io)?;
+        epoll::add(&epoll, client.poll_fd(), EventData::new_u64(CONTROL), EventFlags::IN).map_err(io)?;
+        epoll::add(&epoll, inbox.wake(), EventData::new_u64(COMMANDS), EventFlags::IN).map_err(io)?;
+        Ok(Self {
+            epoll,
+            client,
+            inbox,
+            outbox,
+            connections: HashMap::new(),
+            listeners: HashMap::new(),
+            queue: Vec::new(),
+            next: 1,
+            scratch: vec![0; relay::BUFFER],
+            writes_watched: false,
+            told_to_end: false,
+        })
+    }
+
+    /// Serves until the kernel fails, or is to end.
+    pub fn run(mut self) -> Remains {
+        let reason = loop {
+            match self.turn() {
+                Ok(()) if self.told_to_end => break None,
+                Ok(()) => {}
+                Err(fault) => break Some(fault.to_string()),
+            }
+        };
+        let mut connecting = Vec::new();
+        for connection in self.connections.into_values() {
+            match connection.state {
+                State::Connecting(spec) => connecting.push(spec),
+                State::Dialling { far } => relay::reset(far),
+                // Its end was made abrupt when it was joined: the program sees a reset.
+                State::Joined(pair) => {
+                    let (bytes_in, bytes_out) = pair.bytes();
+                    let errno = Some(Errno::ECONNRESET);
+                    self.outbox.tell(Happened::Ended { tag: connection.tag, bytes_in, bytes_out, errno });
+                }
+            }
+        }
+        let listening = self.listeners.into_values().map(|listener| listener.spec).collect();
+        Remains { reason, connecting, listening }
+    }
+
+    fn turn(&mut self) -> Result<(), Fault> {
+        let wait = if self.queue.is_empty() {
+            self.client.next_deadline().saturating_duration_since(Instant::now())
+        } else {
+            Duration::ZERO
+        };
+        let wait = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
+        let mut events = Vec::with_capacity(EVENTS);
+        // EINTR: the next turn comes at once.
+        let _ = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&wait));
+        for event in events {
+            match event.data.u64() {
+                CONTROL => self.listen_to_provider()?,
+                COMMANDS => self.obey()?,
+                data => self.ready(data, event.flags),
+            }
+        }
+        self.run_queue()?;
+        self.client.tick(Instant::now())?;
+        let waits = self.client.flush()?;
+        if waits != self.writes_watched {
+            self.writes_watched = waits;
+            let flags = if waits { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
+            let _ =
+                epoll::modify(&self.epoll, self.client.poll_fd(), EventData::new_u64(CONTROL), flags);
+        }
+        self.outbox.set_load(self.client.load());
+        Ok(())
+    }
+
+    fn obey(&mut self) -> Result<(), Fault> {
+        self.inbox.quiet();
+        while let Some(command) = self.inbox.next() {
+            match command {
+                Command::Connect(spec) => self.connect(spec)?,
+                Command::Listen(spec) => self.listen(spec)?,
+                Command::Unlisten(id) => self.unlisten(id)?,
+                Command::Stop => self.told_to_end = true,
+            }
+        }
+        Ok(())
+    }
+
+    fn connect(&mut self, spec: Connecting) -> Result<(), Fault> {
+        let Ok((own, given)) = relay::stream_pair() else {
+            spec.exchange.fail(&spec.pending, Errno::ENOBUFS);
+            self.outbox.tell(Happened::Failed { tag: spec.tag, errno: Errno::ENOBUFS });
+            return Ok(());
+        };
+        let id = self.number();
+        let peer = SocketAddr::new(spec.pending.peer.ip().to_canonical(), spec.pending.peer.port());
+        let order = provide::Connect {
+            stream: StreamId(id),
+            peer,
+            family: kso_provider::family_of(peer),
+            port: spec.pending.local.port(),
+            options: spec.options.clone(),
+        };
+        let tag = spec.tag;
+        let state = State::Connecting(spec);
+        let connection = Connection { state, stream: Some(own), tag, listener: None, queued: false };
+        self.connections.insert(id, connection);
+        self.client.connect(order, given)
+    }
+
+    fn listen(&mut self, spec: Listening) -> Result<(), Fault> {
+        let order = provide::Listen {
+            listener: ListenerId(spec.id),
+            address: spec.outer,
+            backlog: spec.backlog,
+            options: spec.options.clone(),
+        };
+        self.listeners.insert(spec.id, Listener { spec, offers: HashMap::new() });
+        self.client.listen(order)
+    }
+
+    fn unlisten(&mut self, id: u64) -> Result<(), Fault> {
+        self.listeners.remove(&id);
+        self.client.unlisten(ListenerId(id))
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn offer(&mut self, id: u64) -> Result<(), Fault> {
+        while self.listeners.get(&id).is_some_and(|listener| listener.offers.len() < OFFERS) {
+            let Ok((own, given)) = relay::stream_pair() else { return Ok(()) };
+            let stream = StreamId(self.number());
+            if let Some(listener) = self.listeners.get_mut(&id) {
+                listener.offers.insert(stream, own);
+            }
+            self.client.offer(ListenerId(id), stream, given)?;
+        }
+        Ok(())
+    }
+
+    fn listen_to_provider(&mut self) -> Result<(), Fault> {
+        while let Some(message) = self.client.receive()? {
+            match message {
+                ToBroker::Welcome(welcome) => self.outbox.tell(Happened::Up(welcome)),
+                ToBroker::Connected { stream, local } => self.connected(stream.0, local),
+                ToBroker::Failed { stream, errno } => {
+                    if let Some(Connection { state: State::Connecting(spec), tag, .. }) =
+                        self.connections.remove(&stream.0)
+                    {
+                        spec.exchange.fail(&spec.pending, errno);
+                        self.outbox.tell(Happened::Failed { tag, errno });
+                    }
+                }
+                ToBroker::Listening { listener, local } => {
+                    self.outbox.tell(Happened::Listening { id: listener.0, local });
+                    self.offer(listener.0)?;
+                }
+                ToBroker::NotListening { listener, errno } => {
+                    if let Some(listener) = self.listeners.remove(&listener.0) {
+                        self.outbox.tell(Happened::NotListening { listening: listener.spec, errno });
+                    }
+                }
+                ToBroker::Accepted { listener, stream, peer, local } => {
+                    self.accepted(listener.0, stream, peer, local)?;
+                }
+                ToBroker::Ended { stream, errno, .. } => {
+                    if let Some(connection) = self.connections.get_mut(&stream.0) {
+                        if let State::Joined(pair) = &mut connection.state {
+                            pair.told(errno);
+                        }
+                        Self::enqueue(&mut self.queue, connection, stream.0);
+                    }
+                }
+                ToBroker::Draining => self.outbox.tell(Happened::Draining),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn connected(&mut self, id: u64, local: SocketAddr) {
+        let Some(Connection { state: State::Connecting(spec), stream: Some(stream), tag, .. }) =
+            self.connections.remove(&id)
+        else {
+            return;
+        };
+        match spec.exchange.establish(&spec.pending) {
+            Ok(far) => {
+                self.outbox.tell(Happened::Connected { tag, local });
+                self.join(id, far, stream, tag, None);
+            }
+            Err(errno) => {
+                spec.exchange.fail(&spec.pending, errno);
+                self.outbox.tell(Happened::Failed { tag, errno });
+            }
+        }
+    }
+
+    fn accepted(
+        &mut self,
+        id: u64,
+        stream: StreamId,
+        peer: SocketAddr,
+        local: SocketAddr,
+    ) -> Result<(), Fault> {
+        // A listener that was closed meanwhile: the stream is closed, so the connection is reset.
+        let Some(listener) = self.listeners.get_mut(&id) else { return Ok(()) };
+        let Some(own) = listener.offers.remove(&stream) else { return Ok(()) };
+        let exchange: Arc<Exchange> = Arc::clone(&listener.spec.exchange);
+        let far = match exchange.dial(listener.spec.inner, local, peer) {
+            Ok(far) => far,
+            Err(Errno::ECONNREFUSED) => return self.closed(id),
+            Err(errno) => {
+                tracing::debug!(%peer, %errno, "a connection cannot be passed on");
+                return self.offer(id);
+            }
+        };
+        let tag = self.outbox.tag();
+        self.outbox.tell(Happened::Accepted { listener: id, tag, peer, local });
+        match exchange::connected(&far) {
+            Ok(true) => self.join(stream.0, far, own, tag, Some(id)),
+            Ok(false) => {
+                let data = EventData::new_u64(stream.0 << 1 | FAR);
+                if epoll::add(&self.epoll, &far, data, relay::interest()).is_ok() {
+                    let state = State::Dialling { far };
+                    let connection =
+                        Connection { state, stream: Some(own), tag, listener: Some(id), queued: false };
+                    self.connections.insert(stream.0, connection);
+                }
+            }
+            Err(Errno::ECONNREFUSED) => return self.closed(id),
+            Err(_) => {}
+        }
+        self.offer(id)
+    }
+
+    /// The program closed its listener.
+    fn closed(&mut self, id: u64) -> Result<(), Fault> {
+        self.outbox.tell(Happened::Closed { listener: id });
+        self.unlisten(id)
+    }
+
+    fn join(&mut self, id: u64, far: OwnedFd, stream: OwnedFd, tag: u64, listener: Option<u64>) {
+        // A far end that was dialling is registered already: anew, so that nothing is missed.
+        let _ = epoll::delete(&self.epoll, &far);
+        let watched = [(FAR, far.as_fd()), (STREAM, stream.as_fd())].into_iter().try_for_each(|(kind, one)| {
+            epoll::add(&self.epoll, one, EventData::new_u64(id << 1 | kind), relay::interest())
+        });
+        if let Err(error) = watched {
+            tracing::warn!(%error, "a connection cannot be watched");
+            return relay::reset(far);
+        }
+        let state = State::Joined(Pair::strict(far, stream));
+        let mut connection = Connection { state, stream: None, tag, listener, queued: false };
+        Self::enqueue(&mut self.queue, &mut connection, id);
+        self.connections.insert(id, connection);
+    }
+
+    fn enqueue(queue: &mut Vec<u64>, connection: &mut Connection, id: u64) {
+        if !connection.queued {
+            connection.queued = true;
+            queue.push(id);
+        }
+    }
+
+    fn ready(&mut self, data: u64, flags: EventFlags) {
+        let id = data >> 1;
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if let State::Joined(pair) = &mut connection.state {
+            pair.ready(if data & 1 == FAR { Side::Tcp } else { Side::Stream }, flags);
+        }
+        Self::enqueue(&mut self.queue, connection, id);
+    }
+
+    fn run_queue(&mut self) -> Result<(), Fault> {
+        for id in std::mem::take(&mut self.queue) {
+            let Some(connection) = self.connections.get_mut(&id) else { continue };
+            connection.queued = false;
+            match &mut connection.state {
+                State::Connecting(_) => {}
+                State::Dialling { far } => match exchange::connected(far) {
+                    Ok(false) => {}
+                    outcome => self.dialled(id, outcome)?,
+                },
+                State::Joined(pair) => match pair.run(&mut self.scratch) {
+                    Step::Wait => {}
+                    Step::Again => Self::enqueue(&mut self.queue, connection, id),
+                    Step::Over(end) => {
+                        let (bytes_in, bytes_out) = (end.bytes_out, end.bytes_in);
+                        let tag = connection.tag;
+                        self.connections.remove(&id);
+                        self.outbox.tell(Happened::Ended { tag, bytes_in, bytes_out, errno: end.errno });
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn dialled(&mut self, id: u64, outcome: Result<bool, Errno>) -> Result<(), Fault> {
+        let Some(Connection { state: State::Dialling { far }, stream: Some(stream), tag, listener, .. }) =
+            self.connections.remove(&id)
+        else {
+            return Ok(());
+        };
+        match outcome {
+            Ok(_) => self.join(id, far, stream, tag, listener),
+            Err(Errno::ECONNREFUSED) => {
+                if let Some(listener) = listener {
+                    return self.closed(listener);
+                }
+            }
+            Err(errno) => tracing::debug!(%errno, "a connection was not taken"),
+        }
+        Ok(())
+    }
+}
