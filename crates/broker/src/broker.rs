@@ -14,6 +14,7 @@ use crate::control::ControlSocket;
 use crate::dns::conf::ResolvConf;
 use crate::dns::forward::{Done, Forwarder};
 use crate::dns::hosts::Watched;
+use crate::external::External;
 use crate::eyes::Eyes;
 use crate::guest::Guests;
 use crate::metrics::{Exporter, Snapshot};
@@ -53,6 +54,7 @@ pub(crate) mod token {
     pub const METRICS: u64 = kind(6);
     pub const SCRAPE: u64 = kind(7);
     pub const GUEST_LISTENER: u64 = kind(8);
+    pub const EXTERNAL: u64 = kind(15);
     pub const KIND: u64 = !0 << 32;
 }
 
@@ -65,6 +67,8 @@ pub(crate) struct Shared {
     pub eyes: Eyes,
     pub track: Track,
     pub totals: Totals,
+    /// Other kernels than the host's, if a route names one.
+    pub external: Option<External>,
 }
 
 impl Shared {
@@ -133,6 +137,14 @@ impl Broker {
             Control::Run => u64::from(std::process::id()),
             Control::Broker | Control::Hidden => 1,
         };
+        let external = match config.routes.is_empty() {
+            true => None,
+            false => Some(External::new(config.kernels.clone())?),
+        };
+        if let Some(external) = &external {
+            epoll::add(&epoll, external.poll_fd(), EventData::new_u64(token::EXTERNAL), EventFlags::IN)
+                .map_err(|error| kernel("cannot wait for events")(error.into()))?;
+        }
         let mut broker = Self {
             epoll,
             sessions: HashMap::new(),
@@ -143,6 +155,7 @@ impl Broker {
                 eyes: Eyes::new(config.trace, config.metrics.is_some(), token::CLIENT),
                 track: Track::default(),
                 totals: Totals::default(),
+                external,
             },
             next_session,
             forwarder: Forwarder::new(conf, token::NAMES),
@@ -169,9 +182,12 @@ impl Broker {
         if self.sessions.len() >= self.config.max_sessions {
             return Err(BrokerError::TooManySessions(self.sessions.len()));
         }
-        let mut session = Session::new(self.next_session, hello)?;
+        let mut session = Session::new(self.next_session, hello, &self.config.routes)?;
         for publication in &hello.publish {
-            self.check(publication)?;
+            self.check(publication, &session)?;
+        }
+        if let Some(external) = &mut self.shared.external {
+            external.open_session(&session)?;
         }
         self.hosts.look(Instant::now());
         session.names.load_hosts(&self.hosts.text);
@@ -192,10 +208,13 @@ impl Broker {
     }
 
     /// Whether a publication is permitted and its port free.
-    fn check(&self, publication: &Publication) -> Result<(), BrokerError> {
+    fn check(&self, publication: &Publication, session: &Session) -> Result<(), BrokerError> {
         let text = || kso_core::publish::text(publication);
         if let Some(reason) = self.shared.limits.as_ref().and_then(|limits| limits.refusal(publication)) {
             return Err(BrokerError::NotPublished { publication: text(), reason });
+        }
+        if publish::is_elsewhere(publication, &session.routes) {
+            return Ok(());
         }
         for address in publish::claims(publication) {
             let clashes = |other: &Publication| {
@@ -245,6 +264,9 @@ impl Broker {
         self.read_ends();
         let Some(session) = self.sessions.remove(&id.0) else { return };
         self.forwarder.forget_session(id.0);
+        if let Some(external) = &mut self.shared.external {
+            external.close_session(id.0);
+        }
         self.completed.retain(|(other, ..)| *other != id);
         let end =
             event::SessionEnd { name: session.name.clone(), duration_us: session.started.elapsed().into() };
@@ -280,7 +302,9 @@ impl Broker {
                 }
                 streams::connect(session, shared, caller, &wanted)
             }
-            Request::Listen(wanted) => streams::listen(session, shared, caller, &wanted),
+            Request::Listen(wanted) => {
+                return streams::listen_for(session, shared, caller, &wanted, Some(request));
+            }
             Request::Release(address) => streams::release(session, address),
             Request::OpenDatagram(wanted) => flows::open_datagram(session, shared, caller, &wanted),
             Request::BindDatagram(wanted) => flows::bind_datagram(session, &wanted),
@@ -291,7 +315,7 @@ impl Broker {
 
     /// Whether somebody traces.
     pub(crate) fn is_watched(&self) -> bool {
-        self.shared.eyes.open()
+        self.shared.eyes.open() || self.config.routes.iter().any(|route| route.program.is_some())
     }
 
     /// The answer to `request` is no longer wanted.
@@ -315,7 +339,8 @@ impl Broker {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
         let guests = self.guests.next_deadline();
-        let own = [self.forwarder.next_deadline(), self.shared.track.next_deadline(), guests];
+        let external = self.shared.external.as_ref().and_then(External::next_deadline);
+        let own = [self.forwarder.next_deadline(), self.shared.track.next_deadline(), guests, external];
         own.into_iter().flatten().min()
     }
 
@@ -333,6 +358,7 @@ impl Broker {
         self.forwarder.expire(self.epoll.as_fd(), now, &mut done);
         done.into_iter().for_each(|done| self.resolved(done));
         self.expire_guests(now);
+        self.look_at_external();
         let mut seen = Vec::new();
         self.shared.track.look(&self.sessions, now, &mut seen);
         self.tell(seen);
@@ -353,7 +379,10 @@ impl Broker {
             }
             token::CLIENT => {
                 if self.shared.eyes.ready(which) {
-                    let report = report::report(&mut self.sessions, &self.guests);
+                    let mut report = report::report(&mut self.sessions, &self.guests);
+                    if let Some(external) = &self.shared.external {
+                        report.add_external(external);
+                    }
                     self.shared.eyes.tell(which, &report);
                 }
                 self.watch_ends();
@@ -377,6 +406,16 @@ impl Broker {
             }
             _ => {}
         }
+    }
+
+    /// What other kernels told.
+    fn look_at_external(&mut self) {
+        let Some(external) = &mut self.shared.external else { return };
+        external.run_ready(&mut self.sessions);
+        self.completed.extend(external.completed.drain(..));
+        let seen: Vec<Seen> =
+            external.seen.drain(..).map(|(session, caller, kind)| Seen { session, caller, kind }).collect();
+        self.tell(seen);
     }
 
     /// Listens to the kernel's notifications while somebody watches, and not otherwise.

@@ -1,6 +1,8 @@
 //! How a broker is set up, and why it cannot be.
 
 use kso_core::config::PublishLimits;
+use kso_core::routes::Route;
+use kso_kernels::{KernelsConfig, StartError};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -21,6 +23,10 @@ pub struct BrokerConfig {
     pub trace: bool,
     /// Where metrics are read: `ADDRESS:PORT` or `unix:PATH`.
     pub metrics: Option<String>,
+    /// External kernels, besides the host's own.
+    pub kernels: KernelsConfig,
+    /// Which kernel serves what; what no route fits is the host's.
+    pub routes: Vec<Route>,
     /// Under which name `kso ps` and `kso trace` find it.
     pub control: Control,
     /// Where its control socket is.
@@ -53,6 +59,8 @@ impl Default for BrokerConfig {
             max_sessions: 1024,
             trace: false,
             metrics: None,
+            kernels: KernelsConfig::default(),
+            routes: Vec::new(),
             control: Control::Run,
             runtime_directory: crate::runtime::runtime_directory(),
             resolv_conf: "/etc/resolv.conf".into(),
@@ -108,6 +116,14 @@ pub enum BrokerError {
         publication: String,
         /// Why.
         reason: String,
+    },
+    /// An external kernel does not start.
+    #[error("the kernel `{name}` cannot be used: {error}")]
+    External {
+        /// Its name.
+        name: String,
+        /// Why.
+        error: StartError,
     },
     /// Metrics cannot be served there.
     #[error("cannot serve metrics at {address}: {reason}")]

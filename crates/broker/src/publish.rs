@@ -14,7 +14,9 @@
 //! the program gave it if that is loopback, and on the wildcard address *of the loopback device* if it is
 //! the wildcard: other interfaces do not reach it.
 
+use kso_core::routes::{Asked, Routes};
 use kso_provider::stream::Place;
+use kso_wire::provide::Service;
 use kso_wire::{Family, Listen, LoopbackMode, OptionName, Protocol, Publication};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -86,6 +88,14 @@ fn address(published: Option<IpAddr>, listen: &Listen) -> Option<(IpAddr, bool)>
         (Some(IpAddr::V4(_)), Family::V6) | (Some(IpAddr::V6(_)), Family::V4) => return None,
     };
     Some((address, false))
+}
+
+/// Whether a kernel that is not the host's listens for it: then no address here is claimed.
+pub(crate) fn is_elsewhere(publication: &Publication, routes: &Routes) -> bool {
+    let address = publication.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+    let port = publication.inner_port;
+    let asked = Asked { service: Service::TcpListen, address, port, program: "" };
+    publication.protocol == Protocol::Tcp && !routes.is_native(&asked)
 }
 
 /// The addresses that a publication claims outside, whichever listener comes: to see that they are free.

@@ -1,12 +1,14 @@
 //! What `kso ps` shows.
 
+use crate::external::External;
 use crate::guest::{Guests, Shown};
 use crate::session::{Session, SessionId};
+use kso_kernels::Status;
 use kso_provider::diagnostics::{self, Socket};
 use kso_provider::processes;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::SystemTime;
 
 /// Most connections of a session that are listed.
@@ -19,6 +21,9 @@ pub struct Report {
     pub broker: u32,
     /// Its sessions.
     pub sessions: Vec<SessionReport>,
+    /// Its external kernels, if a route names one.
+    #[serde(default)]
+    pub kernels: Vec<KernelReport>,
 }
 
 /// A session.
@@ -90,6 +95,69 @@ pub struct ConnectionReport {
     pub bytes_out: u64,
 }
 
+impl Report {
+    /// Adds what other kernels have: they are asked, not this one.
+    pub(crate) fn add_external(&mut self, external: &External) {
+        for shown in external.shown() {
+            let session = self.sessions.iter_mut().find(|session| session.session == shown.session);
+            let Some(session) = session else { continue };
+            let programs = Vec::new();
+            session.listeners.push(ListenerReport { inside: shown.inside, outside: shown.outside, programs });
+        }
+        self.kernels = external.kernels().statuses().into_iter().map(KernelReport::from).collect();
+    }
+}
+
+impl From<Status> for KernelReport {
+    fn from(status: Status) -> Self {
+        let seconds = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let (died, reason) = status.last_death.unzip();
+        Self {
+            name: status.name,
+            make: status.make.name().into(),
+            state: status.state.into(),
+            version: status.version,
+            services: status.services.into_iter().map(Into::into).collect(),
+            addresses: status.addresses,
+            streams: status.streams,
+            listeners: status.listeners,
+            uptime: status.up_since.map(|since| since.elapsed().as_secs_f64()),
+            deaths: status.deaths,
+            last_death: died.map(seconds),
+            last_death_reason: reason,
+        }
+    }
+}
+
+/// An external kernel.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KernelReport {
+    /// Its name.
+    pub name: String,
+    /// Its make.
+    pub make: String,
+    /// `idle`, `starting`, `up`, `draining`, `down` or `aside`.
+    pub state: String,
+    /// Its version.
+    pub version: String,
+    /// What it serves.
+    pub services: Vec<String>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Connections now.
+    pub streams: usize,
+    /// Listeners now.
+    pub listeners: usize,
+    /// Seconds since it is up.
+    pub uptime: Option<f64>,
+    /// How often it died.
+    pub deaths: u64,
+    /// When it died last, seconds since 1970.
+    pub last_death: Option<f64>,
+    /// Why.
+    pub last_death_reason: Option<String>,
+}
+
 /// Looks at the kernel now.
 pub(crate) fn report(sessions: &mut HashMap<u64, Session>, guests: &Guests) -> Report {
     let mut sockets: HashMap<u32, Socket> = HashMap::new();
@@ -114,7 +182,7 @@ pub(crate) fn report(sessions: &mut HashMap<u64, Session>, guests: &Guests) -> R
     });
     let mut sessions: Vec<_> = all.collect();
     sessions.sort_by_key(|session| session.session);
-    Report { broker: std::process::id(), sessions }
+    Report { broker: std::process::id(), sessions, kernels: Vec::new() }
 }
 
 fn of_guest<'a>(

@@ -4,6 +4,7 @@ use crate::config::BrokerError;
 use crate::listeners::Listeners;
 use kso_core::names::{HOST_NAME, NameMemory};
 use kso_core::policy::{Decision, Policy, Reason, Target};
+use kso_core::routes::{Route, Routes};
 use kso_provider::datagram::Ports;
 use kso_provider::stream::Holder;
 use kso_wire::{Hello, LoopbackMode, Protocol, Publication, TunAddresses};
@@ -51,6 +52,8 @@ pub(crate) struct Session {
     pub loopback: LoopbackMode,
     pub tun: TunAddresses,
     pub policy: Policy,
+    /// Which kernel serves what.
+    pub routes: Routes,
     pub names: NameMemory,
     /// Which state of the host's names `names` has, and when it was looked at.
     pub hosts_version: u64,
@@ -67,7 +70,7 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub fn new(id: u64, hello: &Hello) -> Result<Self, BrokerError> {
+    pub fn new(id: u64, hello: &Hello, routes: &[Route]) -> Result<Self, BrokerError> {
         Ok(Self {
             id,
             name: hello.name.clone(),
@@ -77,6 +80,7 @@ impl Session {
             loopback: hello.loopback,
             tun: hello.tun,
             policy: Policy::new(&hello.rules, hello.no_net, hello.loopback)?,
+            routes: Routes::new(routes.to_vec()),
             names: NameMemory::new(MAX_NAMES),
             hosts_version: 0,
             hosts_looked: Instant::now(),

@@ -10,7 +10,8 @@ use kso_core::event::{self, Kind};
 use kso_core::policy::{Reason, canonical};
 use kso_provider::stream::{self, Order, Place};
 use kso_wire::{
-    Answer, Caller, Connect, Errno, Failure, Family, Listen, LoopbackMode, Protocol, Reply, SocketOptions,
+    Answer, Caller, Connect, Errno, Failure, Family, Listen, LoopbackMode, Protocol, Reply, RequestId,
+    SocketOptions, Submitted,
 };
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -82,11 +83,15 @@ pub(crate) fn connect(
     caller: &Caller,
     wanted: &Connect,
 ) -> Answer {
+    let ip = canonical(wanted.peer.ip());
+    if let Some(opened) = shared.external.as_ref().and_then(|one| one.connect_inside(session, ip, wanted)) {
+        return connected(session, shared, caller, wanted.peer, opened.map_err(Refusal::Kernel));
+    }
     let opened = match plan(session, shared, wanted) {
         Plan::Inside => return stay_inside(),
         Plan::Own(target) => open(session, wanted, target).map_err(Refusal::Kernel),
         Plan::Outside { peer, host } => permitted(session, shared, wanted, host)
-            .and_then(|()| open_outside(session, wanted, peer).map_err(Refusal::Kernel)),
+            .and_then(|()| open_outside(session, shared, caller, wanted, peer).map_err(Refusal::Kernel)),
     };
     connected(session, shared, caller, wanted.peer, opened)
 }
@@ -94,9 +99,16 @@ pub(crate) fn connect(
 /// Opens what is permitted.
 pub(crate) fn open_outside(
     session: &mut Session,
+    shared: &mut Shared,
+    caller: &Caller,
     wanted: &Connect,
     peer: SocketAddr,
 ) -> Result<OwnedFd, Errno> {
+    if let Some(external) = &mut shared.external
+        && let Some(opened) = external.connect(session, caller, wanted, peer)
+    {
+        return opened;
+    }
     let socket = open(session, wanted, peer)?;
     // Programs take host.kso.internal's IPv6 address first, and few services of a host listen on ::1.
     let instead = SocketAddr::new(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), peer.port());
@@ -191,7 +203,9 @@ fn see_connect(
     let kind = match opened {
         Ok(socket) => {
             let local = kso_provider::local_address(socket).ok();
-            if let Ok(cookie) = kso_sys::cookie(socket.as_fd()) {
+            let elsewhere = shared.external.as_ref().is_some_and(|one| one.is_stand_in(socket.as_fd()));
+            // Of a stand-in its kernel tells the end.
+            if !elsewhere && let Ok(cookie) = kso_sys::cookie(socket.as_fd()) {
                 shared.track.add(cookie, Tracked::out(session.id, caller, peer, &names, local));
             }
             Kind::Connect(event::Connect { peer, names, local, error: None })
@@ -216,7 +230,42 @@ pub(crate) fn denied(
     Kind::Denied(event::Denied { address, port, protocol, names, error: DENIED, reason: reason.to_string() })
 }
 
+/// For a guest: what another kernel makes of it is not waited for.
 pub(crate) fn listen(session: &mut Session, shared: &mut Shared, caller: &Caller, wanted: &Listen) -> Answer {
+    match listen_for(session, shared, caller, wanted, None) {
+        Submitted::Done(answer) => answer,
+        Submitted::Pending => Answer::plain(Err(Failure::kernel(Errno::EAGAIN))),
+    }
+}
+
+/// `request` is answered later if another kernel listens.
+pub(crate) fn listen_for(
+    session: &mut Session,
+    shared: &mut Shared,
+    caller: &Caller,
+    wanted: &Listen,
+    request: Option<RequestId>,
+) -> Submitted {
+    let place = match publish::fate(wanted, &session.publish, session.loopback) {
+        Fate::Outside(place) if wanted.backlog.is_some() => place,
+        _ => return Submitted::Done(listen_natively(session, shared, caller, wanted)),
+    };
+    if shared.refusal(session, place).is_none()
+        && let Some(external) = &mut shared.external
+        && let Some(made) = external.listen(session, caller, wanted, place, request)
+    {
+        return match made {
+            Ok(None) => Submitted::Pending,
+            Ok(Some((socket, outer))) => {
+                Submitted::Done(Answer::with(Reply::Socket { local: Some(outer) }, socket))
+            }
+            Err(errno) => Submitted::Done(Answer::plain(Err(Failure::kernel(errno)))),
+        };
+    }
+    Submitted::Done(listen_natively(session, shared, caller, wanted))
+}
+
+fn listen_natively(session: &mut Session, shared: &mut Shared, caller: &Caller, wanted: &Listen) -> Answer {
     let place = match publish::fate(wanted, &session.publish, session.loopback) {
         Fate::Outside(place) => place,
         _ if wanted.backlog.is_none() => return stay_inside(),

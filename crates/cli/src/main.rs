@@ -36,6 +36,8 @@ enum Command {
     Ps(commands::ps::PsArgs),
     /// Follow what sessions do: one line for each connect, listen, accept, resolve and denial
     Trace(commands::trace::TraceArgs),
+    /// Perform socket operations on this kernel for a broker on another
+    Provide(commands::provide::ProvideArgs),
     /// List the kernels that guests can run, or fetch one
     Kernels(commands::kernels::KernelsArgs),
 }
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Command::Broker(args) => commands::broker::run(args),
         Command::Ps(args) => commands::ps::run(args),
         Command::Trace(args) => commands::trace::run(args),
+        Command::Provide(args) => commands::provide::run(&args),
         Command::Kernels(args) => commands::kernels::run(args),
     };
     result.unwrap_or_else(|error| {

@@ -53,6 +53,8 @@ pub enum Kind {
     Datagram(Datagram),
     /// Echo requests were sent to someone.
     Echo(Echo),
+    /// Something happened to an external kernel; the session is 0.
+    Kernel(Kernel),
 }
 
 /// See [`Kind::SessionStart`].
@@ -196,6 +198,17 @@ pub struct Flow {
     pub duration_us: Micros,
 }
 
+/// See [`Kind::Kernel`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Kernel {
+    /// Its name.
+    pub kernel: String,
+    /// `up`, `down`, `draining` or `aside`.
+    pub state: String,
+    /// Its version, or why it is down.
+    pub detail: String,
+}
+
 /// See [`Kind::Echo`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Echo {
@@ -323,6 +336,9 @@ impl fmt::Display for Kind {
             },
             Self::Echo(Echo { peer, names, error }) => {
                 write!(f, "echo({}) = {}", Named(names, peer), Outcome(*error))
+            }
+            Self::Kernel(Kernel { kernel, state, detail }) => {
+                write!(f, "kernel {} {}: {}", printable(kernel), printable(state), printable(detail))
             }
         }
     }

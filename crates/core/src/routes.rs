@@ -140,6 +140,19 @@ impl Routes {
         self.routes.is_empty()
     }
 
+    /// Whether this is the host's own business, natively: no other kernel can come to serve it.
+    #[must_use]
+    pub fn is_native(&self, asked: &Asked<'_>) -> bool {
+        let route = self.routes.iter().find(|route| route.fits(asked));
+        route.is_none_or(|route| route.kernels.iter().all(|kernel| kernel == HOST))
+    }
+
+    /// Whether a route depends on who asks.
+    #[must_use]
+    pub fn ask_for_programs(&self) -> bool {
+        self.routes.iter().any(|route| route.program.is_some())
+    }
+
     /// Every kernel that is named, once each.
     #[must_use]
     pub fn kernels(&self) -> Vec<&str> {

@@ -126,6 +126,20 @@ pub fn private_descriptors() -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// A copy of a descriptor that this process was started with.
+///
+/// # Errors
+/// `EBADF`: it was not.
+pub fn inherited(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved, and the copy is new: whoever owns `number` keeps it.
+    let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
 /// Puts a copy of `descriptor` at exactly `number` of this thread's table, whatever was there before.
 ///
 /// # Errors

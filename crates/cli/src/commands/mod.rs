@@ -4,6 +4,7 @@ pub mod broker;
 mod control;
 pub mod kernels;
 pub mod program;
+pub mod provide;
 pub mod ps;
 pub mod run;
 pub mod trace;

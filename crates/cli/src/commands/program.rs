@@ -2,7 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use kso_broker::{BrokerConfig, KernelsConfig};
+use kso_core::kernels::KernelSpec;
 use kso_core::publish;
+use kso_core::routes::{HOST, Route, Routes};
 use kso_wire::{Hello, LoopbackMode, Protocol, Publication, TunAddresses, VERSION};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -36,6 +39,14 @@ pub struct ProgramArgs {
     /// Use the broker that listens on this socket instead of one of our own
     #[arg(long, value_name = "PATH")]
     pub broker: Option<PathBuf>,
+
+    /// Which external kernel serves what (repeatable; the first that fits): tcp-listen:80=gvisor,host
+    #[arg(long, value_name = "SERVICE[:PORTS][@NET][%PROGRAM]=KERNEL[,KERNEL]", conflicts_with = "broker")]
+    via: Vec<String>,
+
+    /// An external kernel for --via with its settings (repeatable): web=gvisor,address=10.77.0.2/24,attach=bridge:br0
+    #[arg(long, value_name = "NAME[=MAKE][,KEY=VALUE]", conflicts_with = "broker")]
+    external: Vec<String>,
 
     /// A name for `kso ps` and `kso trace`
     #[arg(long)]
@@ -102,6 +113,32 @@ impl ProgramArgs {
                 Loopback::External => LoopbackMode::External,
             },
             tun: TunAddresses::standard(),
+        })
+    }
+
+    /// How a broker in this process is set up. `first`: kernels that serve all TCP, unless a route says otherwise.
+    pub fn broker_config(&self, first: &[String]) -> Result<BrokerConfig> {
+        let specs = self.external.iter().chain(first).map(|text| Ok(KernelSpec::parse(text)?));
+        let mut kernels: Vec<KernelSpec> = specs.collect::<Result<_>>()?;
+        let mut routes: Vec<Route> =
+            self.via.iter().map(|text| Ok(Route::parse(text)?)).collect::<Result<_>>()?;
+        for text in first {
+            routes.push(Route::all_tcp(&KernelSpec::parse(text)?.name)?);
+        }
+        for name in Routes::new(routes.clone()).kernels() {
+            if name == HOST || kernels.iter().any(|known| known.name == name) {
+                continue;
+            }
+            // A kernel that is called as its make needs no settings.
+            let hint = || format!("--via names the kernel `{name}`, which --external does not describe");
+            kernels.push(KernelSpec::parse(name).with_context(hint)?);
+        }
+        Ok(BrokerConfig {
+            trace: self.trace,
+            metrics: self.metrics.clone(),
+            kernels: KernelsConfig { kernels, program: None },
+            routes,
+            ..BrokerConfig::default()
         })
     }
 

@@ -18,6 +18,7 @@ Examples:
   kso run --allow '*.debian.org:443' --allow 10.0.0.0/8:5432/tcp -- ./app
   kso run --allow host:8000 -- curl http://host.kso.internal:8000/
   kso run --no-net -- make test
+  kso run --kernel gvisor -p 8080:80 -- nginx -g 'daemon off;'
 
 Rules: NAME, *.NAME, ADDRESS, CIDR, host (this host's own loopback) or *,
   then :PORT or :LOW-HIGH, then /tcp, /udp or /icmp. A deny rule wins over an allow rule;
@@ -34,6 +35,10 @@ pub struct RunArgs {
     /// do not race the supervisor
     #[arg(long)]
     unlocked: bool,
+
+    /// Have this external kernel perform the program's TCP (gvisor; repeatable, with settings: kso provide --help)
+    #[arg(long, value_name = "NAME[=MAKE][,KEY=VALUE]")]
+    kernel: Vec<String>,
 
     /// More of what happens, on standard error (repeatable)
     #[arg(short, long, action = clap::ArgAction::Count)]

@@ -8,7 +8,6 @@ use super::session::Session;
 use super::{RunArgs, publishing};
 use crate::commands::program::{raise_open_files, resolv_conf};
 use anyhow::{Context, Result, bail};
-use kso_broker::BrokerConfig;
 use kso_gateway::{Gateway, GatewayConfig};
 use kso_runner::{Interceptor, InterceptorConfig, Sandbox, SandboxConfig, interceptor};
 use kso_sys::options::Defaults;
@@ -74,11 +73,7 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     let mut session = match &program.broker {
         Some(path) => Session::remote(path, hello.clone())?,
         None => {
-            let config = BrokerConfig {
-                trace: program.trace,
-                metrics: program.metrics.clone(),
-                ..BrokerConfig::default()
-            };
+            let config = program.broker_config(&args.kernel)?;
             Session::embedded(config, &hello)?
         }
     };

@@ -8,7 +8,6 @@ use super::served::Served;
 use super::start;
 use crate::commands::program::raise_open_files;
 use anyhow::{Context, Result, bail};
-use kso_broker::BrokerConfig;
 use kso_devices::fs::FsMount;
 use kso_sys::process;
 use kso_vm::{AttachOptions, Attachment, DeviceSocket, Ends, Machine, MachineConfig, Outcome};
@@ -64,11 +63,7 @@ pub fn supervise(args: &VmArgs, hello: &Hello) -> Result<u8> {
     // The session comes first: a wrong rule, or a port that is taken, is told before anything starts.
     let mut served = match &args.program.broker {
         Some(path) => Served::broker(path)?,
-        None => Served::here(BrokerConfig {
-            trace: args.program.trace,
-            metrics: args.program.metrics.clone(),
-            ..BrokerConfig::default()
-        })?,
+        None => Served::here(args.program.broker_config(&[])?)?,
     };
     raise_open_files(open_files);
     let options = AttachOptions { terminal: args.tty, no_input: false };

@@ -1,0 +1,143 @@
+//! `kso provide`: socket operations on this kernel, for a broker on another.
+
+use crate::output;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use kso_provider::server::{Limits, Shared};
+use kso_sys::process::Signals;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+const EXAMPLES: &str = "\
+Examples:
+  kso provide --listen unix:/run/kso/p.sock               in another network namespace of this host
+  kso run --kernel p=provider,path=/run/kso/p.sock -- CMD its user
+
+On a kernel of its own (gVisor) kso starts it by itself: kso run --kernel gvisor -- CMD.
+SIGTERM ends it when its connections have ended, or after half a minute.";
+
+/// How long connections may take to end.
+const DRAIN: Duration = Duration::from_secs(31);
+
+/// Options of `kso provide`.
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct ProvideArgs {
+    /// Where brokers come from: unix:PATH, or fd:NUMBER for one that is connected already
+    #[arg(long, value_name = "ADDRESS")]
+    listen: String,
+
+    /// Connections of one broker at one time
+    #[arg(long, value_name = "N", default_value_t = Limits::default().streams)]
+    max_streams: usize,
+
+    /// Listeners of one broker at one time
+    #[arg(long, value_name = "N", default_value_t = Limits::default().listeners)]
+    max_listeners: usize,
+
+    /// An address to tell brokers instead of this kernel's own (repeatable; the first of a family is the one that
+    /// connections come from)
+    #[arg(long, value_name = "ADDRESS")]
+    address: Vec<IpAddr>,
+
+    /// More of what happens, on standard error (repeatable)
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+/// Serves until SIGTERM or SIGINT; with `fd:`, until the broker is gone.
+///
+/// # Errors
+/// The address is wrong, or cannot be listened on.
+pub fn run(args: &ProvideArgs) -> Result<ExitCode> {
+    output::init_logs(args.verbose);
+    let (_, hard) = kso_sys::process::open_files_limit().context("cannot read the limit of open files")?;
+    let _ = kso_sys::process::set_open_files_limit(hard, hard);
+    let limits =
+        Limits { streams: args.max_streams, listeners: args.max_listeners, ..Limits::default() };
+    let mut shared = Shared::default();
+    shared.addresses.clone_from(&args.address);
+    match args.listen.split_once(':') {
+        Some(("fd", number)) => {
+            let number: i32 = number.parse().context("--listen fd:NUMBER takes the number of a descriptor")?;
+            let socket = kso_sys::process::inherited(number)
+                .with_context(|| format!("--listen fd:{number}: there is no such descriptor"))?;
+            shared.serve(socket, limits)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(("unix", path)) if !path.is_empty() => {
+            listen(Path::new(path), &shared, limits)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        _ => bail!("--listen {}: it is unix:PATH or fd:NUMBER", args.listen),
+    }
+}
+
+/// Removes the socket of an earlier provider, unless that still answers.
+fn remove_stale(path: &PathBuf) -> Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => {
+            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                bail!("--listen unix:{}: another provider listens there", path.display());
+            }
+            std::fs::remove_file(path)?;
+            Ok(())
+        }
+        Ok(_) => bail!("--listen unix:{}: there is something that is no socket", path.display()),
+        Err(_) => Ok(()),
+    }
+}
+
+fn listen(path: &Path, shared: &Shared, limits: Limits) -> Result<()> {
+    use rustix::process::Signal;
+    let signals = Signals::take(&[Signal::TERM.as_raw(), Signal::INT.as_raw()]).context("cannot take signals")?;
+    remove_stale(&path.to_owned())?;
+    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    // Whoever connects has this user's network.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    tracing::info!(path = %path.display(), "provider ready");
+    loop {
+        let mut polled = [PollFd::new(&listener, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
+        match poll(&mut polled, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if signals.next().is_some() {
+            break;
+        }
+        if let Ok((stream, _)) = listener.accept() {
+            serve(stream.into(), shared.clone(), limits);
+        }
+    }
+    let _ = std::fs::remove_file(path);
+    shared.draining.store(true, Ordering::Relaxed);
+    let until = Instant::now() + DRAIN;
+    while shared.sessions() > 0 && Instant::now() < until {
+        // A second signal ends it at once.
+        let mut polled = [PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
+        if poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 100_000_000 })) != Ok(0) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn serve(socket: OwnedFd, shared: Shared, limits: Limits) {
+    let started = std::thread::Builder::new().name("kso-provider".into()).spawn(move || {
+        if let Err(fault) = shared.serve(socket, limits) {
+            tracing::warn!(%fault, "a broker is dropped");
+        }
+    });
+    if let Err(error) = started {
+        tracing::warn!(%error, "a broker cannot be served");
+    }
+}
