@@ -186,7 +186,7 @@ impl Broker {
         for publication in &hello.publish {
             self.check(publication, &session)?;
         }
-        if let Some(external) = &mut self.shared.external {
+        if let Some(external) = self.shared.external.as_mut().filter(|_| !self.config.kernels_later) {
             external.open_session(&session)?;
         }
         self.hosts.look(Instant::now());
@@ -201,6 +201,17 @@ impl Broker {
         self.shared.eyes.see(id.0, &session.name, &caller, Kind::SessionStart(start));
         self.sessions.insert(id.0, session);
         Ok(id)
+    }
+
+    /// Starts the external kernels that a session needs.
+    ///
+    /// # Errors
+    /// [`BrokerError::External`], or without root.
+    pub fn start_kernels(&mut self, id: SessionId) -> Result<(), BrokerError> {
+        match (&mut self.shared.external, self.sessions.get(&id.0)) {
+            (Some(external), Some(session)) => external.open_session(session),
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn max_sessions(&self) -> usize {

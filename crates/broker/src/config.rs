@@ -25,6 +25,9 @@ pub struct BrokerConfig {
     pub metrics: Option<String>,
     /// External kernels, besides the host's own.
     pub kernels: KernelsConfig,
+    /// External kernels are started by [`crate::Broker::start_kernels`], not with their first session: whoever has to
+    /// fork first may not have threads yet.
+    pub kernels_later: bool,
     /// Which kernel serves what; what no route fits is the host's.
     pub routes: Vec<Route>,
     /// Under which name `kso ps` and `kso trace` find it.
@@ -60,6 +63,7 @@ impl Default for BrokerConfig {
             trace: false,
             metrics: None,
             kernels: KernelsConfig::default(),
+            kernels_later: false,
             routes: Vec::new(),
             control: Control::Run,
             runtime_directory: crate::runtime::runtime_directory(),

@@ -186,7 +186,10 @@ impl External {
         if kernel == HOST {
             return None;
         }
-        let exchange = Arc::clone(self.exchanges.get(&session.id)?);
+        // Never natively instead.
+        let Some(exchange) = self.exchanges.get(&session.id).map(Arc::clone) else {
+            return Some(Err(Errno::ENETDOWN));
+        };
         Some(self.begin(session, caller, wanted, peer, kernel, exchange))
     }
 
@@ -262,7 +265,10 @@ impl External {
             return None;
         }
         let kernel = self.choose(session, &about)?.into_iter().next()?;
-        let exchange = Arc::clone(self.exchanges.get(&session.id)?);
+        // Never natively instead.
+        let Some(exchange) = self.exchanges.get(&session.id).map(Arc::clone) else {
+            return Some(Err(Errno::ENETDOWN));
+        };
         Some(self.make_listener(session.id, caller, wanted, place, backlog, asked, kernel, exchange))
     }
 

@@ -36,6 +36,15 @@ impl Session {
         }
     }
 
+    /// Starts the external kernels that it needs. The sandbox is made before: that takes a process without threads.
+    pub fn start_kernels(&mut self) -> Result<()> {
+        if let Self::Embedded(link) = self {
+            let session = link.session();
+            link.broker_mut().start_kernels(session)?;
+        }
+        Ok(())
+    }
+
     pub fn link(&mut self) -> &mut dyn BrokerLink {
         match self {
             Self::Embedded(link) => link.as_mut(),

@@ -8,6 +8,7 @@ use super::session::Session;
 use super::{RunArgs, publishing};
 use crate::commands::program::{raise_open_files, resolv_conf};
 use anyhow::{Context, Result, bail};
+use kso_broker::BrokerConfig;
 use kso_gateway::{Gateway, GatewayConfig};
 use kso_runner::{Interceptor, InterceptorConfig, Sandbox, SandboxConfig, interceptor};
 use kso_sys::options::Defaults;
@@ -73,7 +74,7 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     let mut session = match &program.broker {
         Some(path) => Session::remote(path, hello.clone())?,
         None => {
-            let config = program.broker_config(&args.kernel)?;
+            let config = BrokerConfig { kernels_later: true, ..program.broker_config(&args.kernel)? };
             Session::embedded(config, &hello)?
         }
     };
@@ -83,6 +84,7 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
         check_locks(args.unlocked)?;
     }
     session.started(sandbox.pid());
+    session.start_kernels()?;
     raise_open_files(open_files);
 
     let notifier = sandbox.notifier.take().context("the sandbox has no notifier")?;
