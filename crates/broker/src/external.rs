@@ -15,9 +15,7 @@ use crate::session::{Session, SessionId};
 use kso_core::event::{self, Direction, Kind};
 use kso_core::kernels::Make;
 use kso_core::routes::{Asked, HOST};
-use kso_kernels::{
-    Connecting, Event, Exchange, Happened, Kernels, KernelsConfig, Listening, outer_address,
-};
+use kso_kernels::{Connecting, Event, Exchange, Happened, Kernels, KernelsConfig, Listening, outer_address};
 use kso_provider::alive::Watch;
 use kso_provider::stream::Place;
 use kso_wire::provide::Service;
@@ -130,8 +128,8 @@ impl External {
                 .start(name, START)
                 .map_err(|error| BrokerError::External { name: name.to_owned(), error })?;
         }
-        let exchange =
-            Exchange::new().map_err(BrokerError::kernel("sockets of another kernel need root on this one"))?;
+        let exchange = Exchange::new()
+            .map_err(BrokerError::kernel("sockets of another kernel need root on this one"))?;
         self.exchanges.insert(session.id, Arc::new(exchange));
         Ok(())
     }
@@ -292,8 +290,7 @@ impl External {
         let port = if place.address.port() == 0 { inner.port() } else { place.address.port() };
         let place = Place { address: SocketAddr::new(place.address.ip(), port), ..place };
         let options = wanted.options.clone();
-        let listening =
-            Listening { id, exchange, inner, outer: place.address, backlog, options };
+        let listening = Listening { id, exchange, inner, outer: place.address, backlog, options };
         let (asked, returned) = match asked {
             Some(request) => (Some((request, socket)), None),
             None => (None, Some((socket, place.address))),
@@ -317,7 +314,8 @@ impl External {
     fn send_listener(&mut self, id: u64, kernel: String) {
         let make = self.kernels.statuses().into_iter().find(|one| one.name == kernel).map(|one| one.make);
         let Some(listener) = self.listeners.get_mut(&id) else { return };
-        let loopback = listener.place.address.ip().to_canonical().is_loopback() || listener.place.loopback_only;
+        let loopback =
+            listener.place.address.ip().to_canonical().is_loopback() || listener.place.loopback_only;
         listener.listening.outer = match make {
             // There it is this host's loopback.
             Some(Make::Host) => listener.place.address,
@@ -385,7 +383,13 @@ impl External {
     /// Closes listeners that programs closed.
     fn sweep(&mut self) {
         let mut alive = HashSet::with_capacity(self.listeners.len());
-        if self.watch.alive(|id| { alive.insert(id); }).is_err() {
+        if self
+            .watch
+            .alive(|id| {
+                alive.insert(id);
+            })
+            .is_err()
+        {
             return;
         }
         let kernels = &self.kernels;
@@ -440,7 +444,9 @@ impl External {
                 }
             }
             Happened::Failed { tag, errno } => self.ended(tag, 0, 0, Some(errno)),
-            Happened::Ended { tag, bytes_in, bytes_out, errno } => self.ended(tag, bytes_in, bytes_out, errno),
+            Happened::Ended { tag, bytes_in, bytes_out, errno } => {
+                self.ended(tag, bytes_in, bytes_out, errno)
+            }
             Happened::Listening { id, local } => self.listening(id, local),
             Happened::NotListening { listening, errno } => {
                 self.not_listening(listening.id, &kernel, errno, sessions);
@@ -523,13 +529,7 @@ impl External {
         }
     }
 
-    fn not_listening(
-        &mut self,
-        id: u64,
-        kernel: &str,
-        errno: Errno,
-        sessions: &mut HashMap<u64, Session>,
-    ) {
+    fn not_listening(&mut self, id: u64, kernel: &str, errno: Errno, sessions: &mut HashMap<u64, Session>) {
         let Some(listener) = self.listeners.get_mut(&id) else { return };
         listener.outer = None;
         listener.refused.push(kernel.to_owned());

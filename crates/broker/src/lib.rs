@@ -36,6 +36,6 @@ pub use daemon::{ServeConfig, serve};
 pub use embedded::{Embedded, Link};
 pub use eyes::{Lost, Question, event_line};
 pub use kso_kernels::{KernelsConfig, Status, what_is_missing};
-pub use report::{KernelReport, ConnectionReport, ListenerReport, Report, SessionReport};
+pub use report::{ConnectionReport, KernelReport, ListenerReport, Report, SessionReport};
 pub use runtime::{control_sockets, runtime_directory};
 pub use session::SessionId;

@@ -110,7 +110,8 @@ impl Report {
 
 impl From<Status> for KernelReport {
     fn from(status: Status) -> Self {
-        let seconds = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let seconds =
+            |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let (died, reason) = status.last_death.unzip();
         Self {
             name: status.name,

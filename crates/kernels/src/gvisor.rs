@@ -14,8 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// How runsc is had.
-pub(crate) const INSTALL: &str =
-    "apt-get install -t bookworm-backports runsc, or https://gvisor.dev/docs/user_guide/install/ (KSO_RUNSC names another place)";
+pub(crate) const INSTALL: &str = "apt-get install -t bookworm-backports runsc, or https://gvisor.dev/docs/user_guide/install/ (KSO_RUNSC names another place)";
 /// The number of the control stream inside.
 const CONTROL: i32 = 3;
 
@@ -36,7 +35,8 @@ pub fn find_runsc() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("KSO_RUNSC").filter(|path| !path.is_empty()) {
         return Some(path.into()).filter(|path: &PathBuf| path.is_file());
     }
-    let cached = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/kso/gvisor/usr/bin/runsc"));
+    let cached =
+        std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/kso/gvisor/usr/bin/runsc"));
     find("runsc").or_else(|| cached.filter(|path| path.is_file()))
 }
 

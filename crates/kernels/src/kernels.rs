@@ -2,9 +2,7 @@
 
 use crate::make::{self, StartError};
 use crate::network::Network;
-use crate::worker::{
-    Command, Connecting, Event, Happened, Inbox, Listening, Load, Outbox, Wake, Worker,
-};
+use crate::worker::{Command, Connecting, Event, Happened, Inbox, Listening, Load, Outbox, Wake, Worker};
 use kso_core::kernels::{KernelSpec, Make};
 use kso_core::routes::HOST;
 use std::collections::BTreeMap;

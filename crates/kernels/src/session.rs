@@ -155,8 +155,7 @@ impl<'a> Session<'a> {
         if waits != self.writes_watched {
             self.writes_watched = waits;
             let flags = if waits { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
-            let _ =
-                epoll::modify(&self.epoll, self.client.poll_fd(), EventData::new_u64(CONTROL), flags);
+            let _ = epoll::modify(&self.epoll, self.client.poll_fd(), EventData::new_u64(CONTROL), flags);
         }
         self.outbox.set_load(self.client.load());
         Ok(())
@@ -335,9 +334,10 @@ impl<'a> Session<'a> {
     fn join(&mut self, id: u64, far: OwnedFd, stream: OwnedFd, tag: u64, listener: Option<u64>) {
         // A far end that was dialling is registered already: anew, so that nothing is missed.
         let _ = epoll::delete(&self.epoll, &far);
-        let watched = [(FAR, far.as_fd()), (STREAM, stream.as_fd())].into_iter().try_for_each(|(kind, one)| {
-            epoll::add(&self.epoll, one, EventData::new_u64(id << 1 | kind), relay::interest())
-        });
+        let watched =
+            [(FAR, far.as_fd()), (STREAM, stream.as_fd())].into_iter().try_for_each(|(kind, one)| {
+                epoll::add(&self.epoll, one, EventData::new_u64(id << 1 | kind), relay::interest())
+            });
         if let Err(error) = watched {
             tracing::warn!(%error, "a connection cannot be watched");
             return relay::reset(far);

@@ -169,8 +169,11 @@ impl Broker {
             },
         };
         let has_room = guest.has_room();
-        let opened =
-            if has_room { self.open_for_guest(id, &caller, &wanted) } else { Err(Refusal::Kernel(Errno::ENOBUFS)) };
+        let opened = if has_room {
+            self.open_for_guest(id, &caller, &wanted)
+        } else {
+            Err(Refusal::Kernel(Errno::ENOBUFS))
+        };
         let result = opened.as_ref().map(|_| ()).map_err(Refusal::failure);
         self.see_begin(id, &caller, &wanted, &opened);
         let Some(guest) = self.guests.all.get_mut(&id) else { return Verdict::Refused(Errno::ENETDOWN) };
@@ -208,12 +211,7 @@ impl Broker {
         }
     }
 
-    fn open_for_guest(
-        &mut self,
-        id: GuestId,
-        caller: &Caller,
-        wanted: &Connect,
-    ) -> Result<Opened, Refusal> {
+    fn open_for_guest(&mut self, id: GuestId, caller: &Caller, wanted: &Connect) -> Result<Opened, Refusal> {
         let session = self.guests.all.get(&id).and_then(|guest| self.sessions.get_mut(&guest.session.0));
         let session = session.ok_or(Refusal::Kernel(Errno::ENETDOWN))?;
         if session.names_may_be_old() {
@@ -242,8 +240,11 @@ impl Broker {
             return self.guests.join(id, other, port).ok_or(Refusal::Kernel(Errno::EADDRNOTAVAIL));
         }
         let own = session.listeners.known().iter().any(|one| one.outer == target);
-        let socket =
-            if own { open(session, wanted, target)? } else { open_outside(session, shared, caller, wanted, target)? };
+        let socket = if own {
+            open(session, wanted, target)?
+        } else {
+            open_outside(session, shared, caller, wanted, target)?
+        };
         Ok(Opened::Socket(socket))
     }
 

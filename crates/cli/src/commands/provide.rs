@@ -60,13 +60,13 @@ pub fn run(args: &ProvideArgs) -> Result<ExitCode> {
     output::init_logs(args.verbose);
     let (_, hard) = kso_sys::process::open_files_limit().context("cannot read the limit of open files")?;
     let _ = kso_sys::process::set_open_files_limit(hard, hard);
-    let limits =
-        Limits { streams: args.max_streams, listeners: args.max_listeners, ..Limits::default() };
+    let limits = Limits { streams: args.max_streams, listeners: args.max_listeners, ..Limits::default() };
     let mut shared = Shared::default();
     shared.addresses.clone_from(&args.address);
     match args.listen.split_once(':') {
         Some(("fd", number)) => {
-            let number: i32 = number.parse().context("--listen fd:NUMBER takes the number of a descriptor")?;
+            let number: i32 =
+                number.parse().context("--listen fd:NUMBER takes the number of a descriptor")?;
             let socket = kso_sys::process::inherited(number)
                 .with_context(|| format!("--listen fd:{number}: there is no such descriptor"))?;
             shared.serve(socket, limits)?;
@@ -98,9 +98,11 @@ fn remove_stale(path: &PathBuf) -> Result<()> {
 
 fn listen(path: &Path, shared: &Shared, limits: Limits) -> Result<()> {
     use rustix::process::Signal;
-    let signals = Signals::take(&[Signal::TERM.as_raw(), Signal::INT.as_raw()]).context("cannot take signals")?;
+    let signals =
+        Signals::take(&[Signal::TERM.as_raw(), Signal::INT.as_raw()]).context("cannot take signals")?;
     remove_stale(&path.to_owned())?;
-    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     // Whoever connects has this user's network.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
