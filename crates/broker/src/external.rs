@@ -124,9 +124,14 @@ impl External {
             return Ok(());
         }
         for name in session.routes.kernels() {
-            self.kernels
-                .start(name, START)
-                .map_err(|error| BrokerError::External { name: name.to_owned(), error })?;
+            match self.kernels.start(name, START) {
+                Ok(()) => {}
+                // It may come later, and meanwhile there are others.
+                Err(error) if !session.routes.rest_on(name) => {
+                    tracing::warn!(kernel = name, %error, "a kernel does not start: others take its place");
+                }
+                Err(error) => return Err(BrokerError::External { name: name.to_owned(), error }),
+            }
         }
         let exchange = Exchange::new()
             .map_err(BrokerError::kernel("sockets of another kernel need root on this one"))?;
@@ -419,7 +424,8 @@ impl External {
                 self.tell_kernel(&kernel, "down", reason);
                 connecting.into_iter().for_each(|one| self.connect_elsewhere(one, sessions));
                 for one in listening {
-                    if let Some(listener) = self.listeners.get_mut(&one.id) {
+                    if let Some(listener) = self.listeners.get_mut(&one.id).filter(|one| one.kernel == kernel)
+                    {
                         listener.outer = None;
                         self.move_listener(one.id, sessions);
                     }
@@ -479,10 +485,9 @@ impl External {
     }
 
     fn connect_elsewhere(&mut self, one: Connecting, sessions: &mut HashMap<u64, Session>) {
-        let next = self.connections.get(&one.tag).and_then(|connection| {
-            Some((connection.session, connection.caller.program.clone(), connection.peer))
-        });
-        let Some((session, program, peer)) = next else { return };
+        let Some(connection) = self.connections.get(&one.tag) else { return };
+        let (session, peer) = (connection.session, connection.peer);
+        let program = connection.caller.program.clone();
         let Some(session) = sessions.get_mut(&session) else { return };
         let asked = Asked {
             service: Service::TcpConnect,
@@ -530,7 +535,7 @@ impl External {
     }
 
     fn not_listening(&mut self, id: u64, kernel: &str, errno: Errno, sessions: &mut HashMap<u64, Session>) {
-        let Some(listener) = self.listeners.get_mut(&id) else { return };
+        let Some(listener) = self.listeners.get_mut(&id).filter(|one| one.kernel == kernel) else { return };
         listener.outer = None;
         listener.refused.push(kernel.to_owned());
         tracing::warn!(kernel, inside = %listener.listening.inner, outside = %listener.listening.outer, %errno, "cannot publish");

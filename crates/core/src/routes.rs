@@ -153,6 +153,12 @@ impl Routes {
         self.routes.iter().any(|route| route.program.is_some())
     }
 
+    /// Whether a route has no other kernel than this.
+    #[must_use]
+    pub fn rest_on(&self, kernel: &str) -> bool {
+        self.routes.iter().any(|route| route.kernels.iter().all(|name| name == kernel))
+    }
+
     /// Every kernel that is named, once each.
     #[must_use]
     pub fn kernels(&self) -> Vec<&str> {

@@ -111,14 +111,12 @@ impl Gvisor {
 
 /// The process of the sandbox, as runsc's state file has it.
 fn sandbox_pid(state: &Path) -> Option<rustix::process::Pid> {
-    let files = fs::read_dir(state).ok()?;
-    for file in files.flatten().filter(|file| file.path().extension().is_some_and(|end| end == "state")) {
-        let text = fs::read_to_string(file.path()).ok()?;
-        let value: serde_json::Value = serde_json::from_str(&text).ok()?;
-        let pid = value.pointer("/sandbox/pid").or_else(|| value.pointer("/Sandbox/pid"))?.as_i64()?;
-        return rustix::process::Pid::from_raw(i32::try_from(pid).ok()?);
-    }
-    None
+    let mut files = fs::read_dir(state).ok()?.flatten().map(|file| file.path());
+    let text =
+        fs::read_to_string(files.find(|path| path.extension().is_some_and(|end| end == "state"))?).ok()?;
+    let value: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let pid = value.pointer("/sandbox/pid").or_else(|| value.pointer("/Sandbox/pid"))?.as_i64()?;
+    rustix::process::Pid::from_raw(i32::try_from(pid).ok()?)
 }
 
 /// An OCI bundle with nothing in it but the provider.

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use super::*;
 use proptest::prelude::{any, prop_assert_eq, proptest};
@@ -66,7 +66,7 @@ fn the_first_route_that_fits_decides() {
 fn strategies_choose() {
     let now = Instant::now();
     let ask = asked(Service::TcpConnect, "192.0.2.1", 80);
-    let mut of = |text: &str, times: usize, up: &[&str]| -> Vec<String> {
+    let of = |text: &str, times: usize, up: &[&str]| -> Vec<String> {
         let mut routes = Routes::new(vec![Route::parse(text).unwrap()]);
         let up = |name: &str| up.contains(&name);
         (0..times).map(|lot| routes.choose(&ask, now, lot as u64, up).unwrap().remove(0)).collect()
