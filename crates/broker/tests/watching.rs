@@ -219,6 +219,7 @@ fn the_daemon_serves_sessions_of_other_processes() {
         broker: BrokerConfig { rules: vec![(false, "*:25".into())], ..config() },
         socket: socket.clone(),
         group: None,
+        guests: Vec::new(),
     };
     // It serves until the test's process ends.
     std::thread::spawn(move || kso_broker::serve(config).unwrap());

@@ -11,6 +11,7 @@ use crate::broker::Broker;
 use crate::config::BrokerError;
 use crate::embedded::Link;
 use crate::session::SessionId;
+use kso_devices::hybrid::Hybrid;
 use kso_devices::vsock::{Endpoint, GuestId, Hub, Limits, Outside};
 use kso_gateway::{Gateway, GatewayConfig};
 use kso_wire::guest::ports;
@@ -20,8 +21,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Instant;
 
+/// The event of guests whose VMM has a device of its own.
+const HYBRID: u64 = u64::MAX;
 /// So many gateways are served at a time.
 const EVENTS: usize = 64;
 
@@ -29,6 +33,7 @@ const EVENTS: usize = 64;
 #[derive(Debug)]
 pub struct Devices {
     hub: Hub,
+    hybrid: Hybrid,
     gateways: Gateways,
     /// Guests whose VMM can come again.
     coming: HashMap<GuestId, Hello>,
@@ -44,12 +49,16 @@ impl Devices {
     /// Descriptors ran out.
     pub fn new() -> Result<Self, BrokerError> {
         let kernel = || BrokerError::kernel("cannot make the vsock device");
-        Ok(Self {
+        let new = Self {
             hub: Hub::new(Limits::default()).map_err(kernel())?,
+            hybrid: Hybrid::new().map_err(kernel())?,
             gateways: HashMap::new(),
             coming: HashMap::new(),
             events: epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| kernel()(error.into()))?,
-        })
+        };
+        epoll::add(&new.events, new.hybrid.poll_fd(), EventData::new_u64(HYBRID), EventFlags::IN)
+            .map_err(|error| kernel()(error.into()))?;
+        Ok(new)
     }
 
     /// Opens a guest's session and serves its device to the VMM at `endpoint`. `streams` serve ports of the host.
@@ -65,6 +74,32 @@ impl Devices {
     ) -> Result<GuestId, BrokerError> {
         let comes_again = matches!(endpoint, Endpoint::Listener(_));
         let guest = self.hub.add_guest(endpoint).map_err(BrokerError::kernel("cannot serve the guest"))?;
+        self.open(broker, guest, hello, comes_again, streams)
+    }
+
+    /// As [`Self::add`], for a guest whose VMM has a vsock device of its own, and its socket at `path`.
+    ///
+    /// # Errors
+    /// See [`BrokerError`].
+    pub fn add_hybrid(
+        &mut self,
+        broker: &mut Broker,
+        path: &Path,
+        hello: &Hello,
+    ) -> Result<GuestId, BrokerError> {
+        let socket = |source| BrokerError::Socket { path: path.to_owned(), source };
+        let guest = self.hybrid.add_guest(path).map_err(socket)?;
+        self.open(broker, guest, hello, true, Vec::new())
+    }
+
+    fn open(
+        &mut self,
+        broker: &mut Broker,
+        guest: GuestId,
+        hello: &Hello,
+        comes_again: bool,
+        streams: Vec<(u32, OwnedFd)>,
+    ) -> Result<GuestId, BrokerError> {
         let opened = broker
             .open_guest(guest, hello)
             .and_then(|session| Self::carry(&mut self.gateways, &self.events, broker, guest, session, hello));
@@ -108,7 +143,11 @@ impl Devices {
 
     /// Ends a guest and its session.
     pub fn remove(&mut self, broker: &mut Broker, guest: GuestId) {
-        self.hub.remove_guest(guest);
+        if Hybrid::has(guest) {
+            self.hybrid.remove_guest(guest);
+        } else {
+            self.hub.remove_guest(guest);
+        }
         self.gateways.remove(&guest);
         self.coming.remove(&guest);
         broker.close_guest(guest);
@@ -119,7 +158,8 @@ impl Devices {
     #[must_use]
     pub fn poll_fds(&self) -> [BorrowedFd<'_>; 2] {
         let gateways = match self.gateways.values().next() {
-            Some((_, gateway)) if self.gateways.len() == 1 => gateway.poll_fd(),
+            Some((_, gateway)) if self.has_one() => gateway.poll_fd(),
+            // Guests of the other kind come by the same descriptor as gateways.
             _ => self.events.as_fd(),
         };
         [self.hub.poll_fd(), gateways]
@@ -152,22 +192,29 @@ impl Devices {
         }
     }
 
+    /// There is one guest, of the hub: its gateway is polled directly.
+    fn has_one(&self) -> bool {
+        self.gateways.len() == 1 && self.gateways.keys().all(|guest| !Hybrid::has(*guest))
+    }
+
     fn run_gateways(&mut self, broker: &mut Broker) {
-        let mut serve = |guest: GuestId, session: SessionId, gateway: &mut Gateway| {
-            gateway.set_segments(broker.takes_segments(guest));
-            gateway.run_ready(Instant::now(), &mut Link::new(broker, session));
-        };
-        if self.gateways.len() == 1 {
-            self.gateways.iter_mut().for_each(|(guest, (session, gateway))| serve(*guest, *session, gateway));
+        if self.has_one() {
+            self.gateways
+                .iter_mut()
+                .for_each(|(guest, (session, gateway))| serve(broker, *guest, *session, gateway));
             return;
         }
         let mut events = Vec::with_capacity(EVENTS);
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let _ = epoll::wait(&self.events, rustix::buffer::spare_capacity(&mut events), Some(&zero));
         for event in events {
+            if event.data.u64() == HYBRID {
+                self.hybrid.run_ready(broker);
+                continue;
+            }
             let guest = GuestId(u32::try_from(event.data.u64()).unwrap_or(u32::MAX));
             if let Some((session, gateway)) = self.gateways.get_mut(&guest) {
-                serve(guest, *session, gateway);
+                serve(broker, guest, *session, gateway);
             }
         }
     }
@@ -188,21 +235,28 @@ impl Devices {
 
     /// Has the device do what the broker wants of it.
     pub fn serve_orders(&mut self, broker: &mut Broker) {
-        let hub = &mut self.hub;
+        let (hub, hybrid) = (&mut self.hub, &mut self.hybrid);
         let mut flush = false;
         while let Some(order) = broker.next_order() {
             match order {
-                Order::Dial(guest, stream, socket) => match hub.dial(guest, stream, socket) {
-                    Ok(()) => flush = true,
-                    Err(socket) => broker.rejected(guest, stream, socket),
-                },
+                Order::Dial(guest, stream, socket) => {
+                    let dialled = if Hybrid::has(guest) {
+                        hybrid.dial(guest, stream, socket)
+                    } else {
+                        hub.dial(guest, stream, socket)
+                    };
+                    match dialled {
+                        Ok(()) => flush = true,
+                        Err(socket) => broker.rejected(guest, stream, socket),
+                    }
+                }
                 Order::Call(guest, call) => {
-                    let socket = hub.socket(guest, call.stream);
+                    let socket = hub.socket(guest, call.stream).or_else(|| hybrid.socket(guest, call.stream));
                     broker.answer_call(guest, &call, socket);
                 }
                 Order::Abandon(guest, stream) => {
                     // The device sees its end as that of any connection.
-                    if let Some(socket) = hub.socket(guest, stream) {
+                    if let Some(socket) = hub.socket(guest, stream).or_else(|| hybrid.socket(guest, stream)) {
                         let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
                     }
                 }
@@ -222,6 +276,7 @@ impl Devices {
         }
         if flush {
             hub.flush(broker);
+            hybrid.flush(broker);
         }
     }
 
@@ -249,4 +304,9 @@ impl Devices {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+fn serve(broker: &mut Broker, guest: GuestId, session: SessionId, gateway: &mut Gateway) {
+    gateway.set_segments(broker.takes_segments(guest));
+    gateway.run_ready(Instant::now(), &mut Link::new(broker, session));
 }

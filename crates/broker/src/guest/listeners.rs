@@ -10,7 +10,7 @@ use kso_wire::guest::{FIRST_NAMED_CID, GuestReply, LAST_PSEUDO_CID, StreamKey, T
 use kso_wire::{Caller, Errno, Failure, Listen, Reply};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::SocketFlags;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -56,10 +56,15 @@ impl Listener {
 }
 
 impl Guests {
-    /// Where a guest accepts what comes to a port inside, if it is published.
-    pub(super) fn listening_inside(&self, guest: GuestId, port: u16) -> Option<u32> {
+    /// Where a guest accepts what comes to a port inside, if it is published; and where that is reached on this host.
+    pub(super) fn listening_inside(&self, guest: GuestId, port: u16) -> Option<(u32, SocketAddr)> {
         let one = self.listeners.values().find(|one| one.guest == guest && one.inner.port() == port)?;
-        Some(one.vsock_port)
+        let loopback: IpAddr = match one.outer.ip() {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        };
+        let ip = if one.outer.ip().is_unspecified() { loopback } else { one.outer.ip() };
+        Some((one.vsock_port, SocketAddr::new(ip, one.outer.port())))
     }
 
     /// The guest that has a listener at an address outside.

@@ -31,6 +31,7 @@ pub(crate) use streams::Shown;
 use crate::broker::{Broker, token};
 use crate::config::BrokerError;
 use crate::session::SessionId;
+use kso_devices::hybrid::Hybrid;
 use kso_devices::vsock::GuestId;
 use kso_provider::stream::Holder;
 use kso_wire::Hello;
@@ -103,6 +104,8 @@ pub(crate) struct Guest {
     streams: HashMap<StreamKey, Stream>,
     /// Those under way outwards, by the guest's port.
     connecting: HashMap<u32, StreamKey>,
+    /// Its VMM carries CID 2 only: streams begin with tickets.
+    tickets: bool,
     /// Its TUN takes several datagrams as one packet.
     datagram_segments: bool,
     next_pseudo_cid: u32,
@@ -192,6 +195,7 @@ impl Broker {
             services: HashMap::new(),
             streams: HashMap::new(),
             connecting: HashMap::new(),
+            tickets: Hybrid::has(guest),
             datagram_segments: false,
             next_pseudo_cid: kso_wire::guest::FIRST_NAMED_CID,
             next_port: FIRST_PORT,

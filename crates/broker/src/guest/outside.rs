@@ -8,7 +8,7 @@ use kso_wire::guest::{StreamKey, ports};
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// The CID by which a guest means its host (`VMADDR_CID_HOST`, vsock(7)).
-const HOST_CID: u32 = 2;
+pub(super) const HOST_CID: u32 = 2;
 
 impl Outside for Broker {
     fn request(&mut self, guest: GuestId, stream: StreamKey) -> Verdict {
@@ -22,6 +22,7 @@ impl Outside for Broker {
                 known.control = Some(stream);
                 Verdict::Control
             }
+            ports::STREAMS if known.tickets => self.connect_guest(guest, stream),
             port => match known.services.remove(&port) {
                 Some(socket) => Verdict::Socket(socket),
                 None => Verdict::Refused(Errno::ECONNREFUSED),
@@ -39,6 +40,10 @@ impl Outside for Broker {
 
     fn rejected(&mut self, guest: GuestId, stream: StreamKey, socket: OwnedFd) {
         self.dial_rejected(guest, stream, socket);
+    }
+
+    fn renamed(&mut self, guest: GuestId, from: StreamKey, to: StreamKey) {
+        self.rename_stream(guest, from, to);
     }
 
     fn ended(&mut self, guest: GuestId, stream: StreamKey, end: End) {

@@ -9,6 +9,7 @@
 //!      +--rejected---+
 //! ```
 
+use super::outside::HOST_CID;
 use super::{Guest, Guests, MAX_STREAMS};
 use crate::broker::Broker;
 use crate::streams::{Plan, Refusal, denied, open, open_outside, permitted, plan};
@@ -113,6 +114,10 @@ fn unannounced(stream: StreamKey) -> Option<Connect> {
 /// Whether an announcement is about this request: one whose request never came says nothing about a later one.
 fn is_about(prepare: &Prepare, stream: StreamKey) -> bool {
     let peer = prepare.connect.peer;
+    // A ticket says no more than the port.
+    if stream.peer_cid == HOST_CID {
+        return true;
+    }
     match cid_of(peer.ip()) {
         Some(cid) => cid == stream.peer_cid && u32::from(peer.port()) == stream.peer_port,
         None => address_of(stream.peer_cid).is_none(),
@@ -223,9 +228,14 @@ impl Broker {
         if super::is_guest_address(peer.ip()) {
             permitted(session, shared, wanted, false)?;
             let other = self.guests.at(peer.ip()).ok_or(Refusal::Kernel(Errno::EHOSTUNREACH))?;
-            let port = self.guests.listening_inside(other, peer.port());
-            let port = port.ok_or(Refusal::Kernel(Errno::ECONNREFUSED))?;
-            return self.guests.join(id, other, port).ok_or(Refusal::Kernel(Errno::EADDRNOTAVAIL));
+            let (port, outer) = self
+                .guests
+                .listening_inside(other, peer.port())
+                .ok_or(Refusal::Kernel(Errno::ECONNREFUSED))?;
+            if self.guests.can_join(id, other) {
+                return self.guests.join(id, other, port).ok_or(Refusal::Kernel(Errno::EADDRNOTAVAIL));
+            }
+            return Ok(Opened::Socket(open(session, wanted, outer)?));
         }
         let target = match plan(session, shared, wanted) {
             // Its runner keeps what is its own; nothing here stands for it.
@@ -236,7 +246,9 @@ impl Broker {
                 peer
             }
         };
-        if let Some((other, port)) = self.guests.listening_at(target) {
+        if let Some((other, port)) = self.guests.listening_at(target)
+            && self.guests.can_join(id, other)
+        {
             return self.guests.join(id, other, port).ok_or(Refusal::Kernel(Errno::EADDRNOTAVAIL));
         }
         let own = session.listeners.known().iter().any(|one| one.outer == target);
@@ -336,7 +348,14 @@ impl Broker {
     /// A connection that the guest asked for failed.
     pub(super) fn stream_failed(&mut self, id: GuestId, key: StreamKey, errno: Errno) {
         let Some(guest) = self.guests.all.get_mut(&id) else { return };
-        let Some(stream) = guest.streams.get(&key) else { return };
+        let Some(stream) = guest.streams.get(&key) else {
+            // The device did not even ask.
+            if guest.prepared.take(key.local_port).is_some() {
+                let failure = Failure::kernel(errno);
+                guest.tell(&ToGuest::Failed { local_port: key.local_port, failure });
+            }
+            return;
+        };
         if stream.state == (State::Connecting { announced: true }) {
             let failure = Failure::kernel(errno);
             guest.tell(&ToGuest::Failed { local_port: key.local_port, failure });
@@ -352,6 +371,14 @@ impl Broker {
         if let Some((other, key)) = partner {
             self.forget_stream(other, key, None);
         }
+    }
+
+    /// A stream that was dialled got another name, which does not tell who it is from.
+    pub(super) fn rename_stream(&mut self, id: GuestId, from: StreamKey, to: StreamKey) {
+        let Some(guest) = self.guests.all.get_mut(&id) else { return };
+        let Some(stream) = guest.streams.remove(&from) else { return };
+        guest.tell(&ToGuest::Named { stream: to, address: stream.peer });
+        guest.streams.insert(to, stream);
     }
 
     /// A stream is over.
@@ -403,6 +430,11 @@ fn stream_partner(guest: &Guest, key: StreamKey) -> Option<(GuestId, StreamKey)>
 }
 
 impl Guests {
+    /// Whether bytes can go from memory to memory: both are a hub's.
+    fn can_join(&self, from: GuestId, to: GuestId) -> bool {
+        [from, to].iter().all(|id| self.all.get(id).is_some_and(|guest| !guest.tickets))
+    }
+
     /// A stream of `from` to a listener of `to` (perhaps the same guest).
     fn join(&mut self, from: GuestId, to: GuestId, vsock_port: u32) -> Option<Opened> {
         let address = self.all.get(&from)?.address;

@@ -4,7 +4,7 @@ use crate::output;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use kso_broker::{BrokerConfig, Control, ServeConfig, runtime_directory};
-use kso_core::config::{Config, MetricsAddress};
+use kso_core::config::{Config, Guest, MetricsAddress, VsockSocket};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -12,7 +12,8 @@ const EXAMPLES: &str = "\
 Examples:
   kso broker                                    on broker.sock in the runtime directory
   kso broker --listen /run/kso/broker.sock --group kso --metrics 127.0.0.1:9464
-  kso broker --config kso.toml                  rules for all sessions, limits of publishing
+  kso broker --config kso.toml                  rules for all sessions, limits of publishing, guests
+  kso broker --vsock-socket /run/kso/web.vsock  the device of a guest that something else starts
   kso run --broker /run/kso/broker.sock -- CMD  a session of it
 
 The runtime directory is $KSO_RUNTIME_DIR, else $XDG_RUNTIME_DIR/kso, else /run/kso (root) or /tmp/kso-UID.
@@ -25,6 +26,11 @@ pub struct BrokerArgs {
     /// Listen on this unix socket
     #[arg(long, value_name = "PATH")]
     listen: Option<PathBuf>,
+
+    /// Serve the vsock device of a guest that something else starts on this socket (vhost-user); the guest is named
+    /// as the file is, without what follows its last dot (repeatable; with rules and files: --config)
+    #[arg(long, value_name = "PATH")]
+    vsock_socket: Vec<PathBuf>,
 
     /// Configuration (TOML): socket, rules, limits of publishing, metrics
     #[arg(long, value_name = "FILE")]
@@ -88,6 +94,7 @@ fn config(args: BrokerArgs) -> Result<ServeConfig> {
     Ok(ServeConfig {
         socket: args.listen.or(file.socket).unwrap_or_else(|| runtime_directory().join("broker.sock")),
         group: args.group.as_deref().map(group).transpose()?,
+        guests: file.guests.into_iter().chain(args.vsock_socket.into_iter().map(guest)).collect(),
         broker: BrokerConfig {
             rules,
             no_net: file.no_net,
@@ -99,6 +106,18 @@ fn config(args: BrokerArgs) -> Result<ServeConfig> {
             ..default
         },
     })
+}
+
+/// A guest without rules of its own.
+fn guest(socket: PathBuf) -> Guest {
+    Guest {
+        name: socket.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        vsock: VsockSocket::VhostUser(socket),
+        rules: Vec::new(),
+        no_net: false,
+        publish: Vec::new(),
+        shares: Vec::new(),
+    }
 }
 
 /// A group by number, or by name in /etc/group (group(5)).

@@ -63,6 +63,9 @@ pub trait Outside {
     /// The guest did not take a stream that was dialled: no listener, or its queue is full. The socket comes back.
     fn rejected(&mut self, guest: GuestId, stream: StreamKey, socket: OwnedFd);
 
+    /// A stream that was dialled has another name: its VMM gave it one. Called before [`Self::established`].
+    fn renamed(&mut self, _guest: GuestId, _from: StreamKey, _to: StreamKey) {}
+
     /// An established stream, or the control stream, is over. If it broke: called before RST is written. EPROTO: the
     /// guest broke the rules; ENOBUFS: it sent more than is held for all its streams whose far ends are slow. What it
     /// sent before it closed may still be on its way.

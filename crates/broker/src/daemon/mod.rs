@@ -1,17 +1,21 @@
 //! `kso broker`: sessions of other processes, on a unix socket.
 
+mod standing;
+
 use crate::broker::Broker;
 use crate::config::{BrokerConfig, BrokerError};
 use crate::control::{remove_stale, stranger};
 use crate::guest::Devices;
 use crate::peer::{BUFFER, Peer, PeerError, Received};
 use crate::session::SessionId;
+use kso_core::config::Guest;
 use kso_devices::vsock::{Endpoint, GuestId};
 use kso_sys::process::Signals;
 use kso_wire::{GuestHello, Hello, Submitted, ToBroker, ToRunner, VERSION, Welcome};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::time::Timespec;
+use standing::Standing;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
@@ -38,8 +42,10 @@ pub struct ServeConfig {
     pub broker: BrokerConfig,
     /// Its socket.
     pub socket: PathBuf,
-    /// A group that may use it besides its owner.
+    /// A group that may use it, and the sockets of devices, besides its owner.
     pub group: Option<u32>,
+    /// Guests that something else starts.
+    pub guests: Vec<Guest>,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -50,10 +56,14 @@ pub fn serve(config: ServeConfig) -> Result<(), BrokerError> {
     use rustix::process::Signal;
     let signals = Signals::take(&[Signal::TERM.as_raw(), Signal::INT.as_raw()])
         .map_err(BrokerError::kernel("cannot take signals"))?;
-    let broker = Broker::new(config.broker)?;
-    let devices = Devices::new()?;
+    let mut broker = Broker::new(config.broker)?;
+    let mut devices = Devices::new()?;
+    let mut standing = Standing::default();
+    for guest in &config.guests {
+        standing.add(&mut broker, &mut devices, guest, config.group)?;
+    }
     let socket_error = |source| BrokerError::Socket { path: config.socket.clone(), source };
-    let listener = listen(&config.socket, config.group).map_err(socket_error)?;
+    let listener = bind(&config.socket, config.group, SocketType::SEQPACKET).map_err(socket_error)?;
     let events = epoll::create(epoll::CreateFlags::CLOEXEC)
         .map_err(|error| BrokerError::kernel("cannot wait for events")(error.into()))?;
     tracing::info!(socket = %config.socket.display(), "broker ready");
@@ -63,6 +73,7 @@ pub fn serve(config: ServeConfig) -> Result<(), BrokerError> {
         listener,
         broker,
         devices,
+        standing,
         peers: HashMap::new(),
         next: FIRST_PEER,
         buffer: Vec::new(),
@@ -73,13 +84,14 @@ pub fn serve(config: ServeConfig) -> Result<(), BrokerError> {
     result
 }
 
-fn listen(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
+/// A unix socket that listens, for its owner and perhaps a group.
+fn bind(path: &Path, group: Option<u32>, kind: SocketType) -> io::Result<OwnedFd> {
     if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
         crate::runtime::prepare(directory)?;
     }
     remove_stale(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     // Nobody can connect before listen: the mode is set in time.
     let mode = if group.is_some() { 0o660 } else { 0o600 };
@@ -106,6 +118,7 @@ struct Daemon {
     listener: OwnedFd,
     broker: Broker,
     devices: Devices,
+    standing: Standing,
     peers: HashMap<u64, Peer>,
     next: u64,
     buffer: Vec<u8>,
@@ -152,6 +165,7 @@ impl Daemon {
 
     /// Every session ends; what programs hold goes on to work.
     fn end(&mut self) {
+        self.standing.end(&mut self.broker, &mut self.devices);
         for (_, peer) in self.peers.drain() {
             if let Some(guest) = peer.guest {
                 self.devices.remove(&mut self.broker, guest);
