@@ -2,8 +2,9 @@
 
 use crate::interceptor::carry::{self, Registration, Twin};
 use crate::interceptor::threads::{EpollTable, Threads, scan};
+use crate::looks::Looks;
 use kso_sys::notify::{Listener, Notification};
-use kso_sys::remote;
+use kso_sys::{numbers, remote};
 use rustix::fs::{OFlags, fcntl_setfl, fstat};
 use std::collections::VecDeque;
 use std::io;
@@ -19,6 +20,7 @@ pub(crate) struct Descriptors {
     epolls: EpollTable,
     /// Cookies of sockets that have several descriptors and are not swapped yet.
     duplicated: VecDeque<u64>,
+    looks: Looks,
     twin: Option<Twin>,
 }
 
@@ -36,14 +38,26 @@ impl Descriptors {
     /// A copy of the descriptor that a call names as its first argument.
     pub(crate) fn target(&mut self, notification: Notification) -> io::Result<Target> {
         let number = notification.args[0] as i32;
-        let thread = self.threads.get(notification.tid)?;
-        let socket = remote::take_descriptor(thread.descriptor(), number)?;
+        let tid = notification.tid;
+        // A number that was given to another thread since is noticed here: the old one's descriptor says ESRCH.
+        let known =
+            self.threads.again(tid).and_then(|thread| remote::take_descriptor(thread.descriptor(), number));
+        let socket = match known {
+            Ok(socket) => socket,
+            Err(error) if error.raw_os_error() == Some(numbers::EBADF) => return Err(error),
+            Err(_) => remote::take_descriptor(self.threads.get(tid)?.descriptor(), number)?,
+        };
         Ok(Target { notification, number, socket })
     }
 
     /// The process of a calling thread.
     pub(crate) fn process(&mut self, tid: u32) -> io::Result<u32> {
         Ok(self.threads.get(tid)?.process)
+    }
+
+    /// The name of what a thread runs (`comm`); empty if it is gone.
+    pub(crate) fn program(&mut self, tid: u32) -> String {
+        self.looks.program(tid)
     }
 
     /// The process made an epoll instance.
@@ -82,7 +96,7 @@ impl Descriptors {
             fcntl_setfl(outer, OFlags::NONBLOCK)?;
         }
         let (tid, id) = (target.notification.tid, target.notification.id);
-        let process = self.process(tid)?;
+        let process = self.threads.again(tid)?.process;
         let mut numbers = vec![target.number];
         if !self.duplicated.is_empty()
             && recall(&mut self.duplicated, &kso_sys::cookie(target.socket.as_fd())?)
@@ -91,11 +105,10 @@ impl Descriptors {
             numbers = scan(process, |found| found == link)?;
         }
         let registrations = self.registrations(process, &numbers, target.socket.as_fd())?;
-        let thread = self.threads.again(tid)?;
         let mut swapped = false;
         for &number in &numbers {
             // A descriptor that was closed meanwhile must not come back.
-            let Some(close_on_exec) = thread.closes_on_exec(number) else { continue };
+            let Some(close_on_exec) = self.looks.closes_on_exec(tid, number) else { continue };
             listener.replace(id, outer, number.unsigned_abs(), close_on_exec)?;
             swapped |= number == target.number;
         }
@@ -135,19 +148,20 @@ impl Descriptors {
         if epolls.is_empty() {
             return Ok(found);
         }
-        let inode = fstat(socket)?.st_ino;
+        let inode = std::cell::OnceCell::new();
+        let inode = || *inode.get_or_init(|| fstat(socket).map_or(0, |stat| stat.st_ino));
         epolls.retain(|&epoll| {
             for &number in numbers {
                 match remote::in_epoll(process, epoll, number) {
                     Ok(false) => continue,
                     Ok(true) => {}
                     // Without kcmp the list itself tells.
-                    Err(error) if error.raw_os_error() == Some(kso_sys::numbers::ENOSYS.into()) => {}
+                    Err(error) if error.raw_os_error() == Some(i32::from(numbers::ENOSYS)) => {}
                     // It is no epoll descriptor any more.
                     Err(_) => return false,
                 }
                 let text = std::fs::read_to_string(format!("/proc/{process}/fdinfo/{epoll}"));
-                found.extend(text.ok().and_then(|text| carry::parse(&text, epoll, number, inode)));
+                found.extend(text.ok().and_then(|text| carry::parse(&text, epoll, number, inode())));
             }
             true
         });

@@ -8,6 +8,7 @@
 mod descriptors;
 pub mod guest;
 pub mod interceptor;
+mod looks;
 pub mod program;
 pub mod remote_link;
 pub mod sandbox;

@@ -42,6 +42,8 @@ pub const MSG_FASTOPEN: u32 = libc::MSG_FASTOPEN as u32;
 pub const EOPNOTSUPP: u16 = libc::EOPNOTSUPP as u16;
 /// `ENOSYS`.
 pub const ENOSYS: u16 = libc::ENOSYS as u16;
+/// `EBADF`.
+pub const EBADF: i32 = libc::EBADF;
 /// `EAFNOSUPPORT`.
 pub const EAFNOSUPPORT: u16 = libc::EAFNOSUPPORT as u16;
 /// `AF_VSOCK`.

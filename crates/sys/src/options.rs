@@ -1,7 +1,9 @@
 //! Socket options by portable name, on Linux. Sources: socket(7), tcp(7), ip(7), ipv6(7).
 
 mod bytes;
+mod chosen;
 pub use bytes::{from_bytes, name_of, to_bytes};
+pub use chosen::read_these;
 
 use crate::socket::{get, set};
 use kso_wire::{CONGESTION_CONTROLS, Family, OptionName, OptionValue, SocketOptions};

@@ -2,6 +2,7 @@
 
 use super::ports::Port;
 use super::recent::Begun;
+use super::stock::{self, Ready};
 use super::{GuestRunner, Kind, Outcome, Route};
 use crate::descriptors::Target;
 use crate::interceptor::{CLOSED, NAME_SERVICE, Publishing, bound_address};
@@ -14,13 +15,12 @@ use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What a vsock socket buffers: the window of its stream.
 pub(super) const BUFFER: u64 = 4 << 20;
-/// So many ports are tried before there is none.
-pub(super) const PORT_ATTEMPTS: usize = 16;
 /// A connection inside is answered at once.
 const INSIDE_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -70,7 +70,7 @@ impl GuestRunner {
             State::Connecting if self.recent.get(port).is_some_and(|begun| begun.failed) => {}
             State::Connecting => {
                 if !nonblocking(socket)? {
-                    return self.wait_for_connection(target, port);
+                    return self.wait_for_connection(target.notification, Arc::new(target.socket), port);
                 }
                 let interrupted =
                     self.recent.get_mut(port).is_some_and(|begun| std::mem::take(&mut begun.interrupted));
@@ -132,7 +132,12 @@ impl GuestRunner {
         let nonblocking = nonblocking(target.socket.as_fd())?;
         let inside = matches!(route, Route::Published(_));
         let inside_v6 = inside && peer.ip().to_canonical().is_ipv6();
-        let (socket, port) = self.bound_socket(|ports| ports.connection(family, inside_v6))?;
+        let Ready { socket, port, inode } = if inside {
+            let (socket, port) = stock::bound(&mut self.ports, |ports| ports.connection(family, inside_v6))?;
+            Ready { socket: Arc::new(socket), port, inode: 0 }
+        } else {
+            self.stock.take(family, &mut self.ports)?
+        };
         // Those that vsock knows hold inside too.
         kso_sys::options::apply(socket.as_fd(), &options)?;
         let ip = peer.ip().to_canonical();
@@ -165,20 +170,20 @@ impl GuestRunner {
             if let Err(errno) = self.control.send_now(&ToHost::Prepare(prepare)) {
                 return Ok(Outcome::error(errno));
             }
-            if let Err(error) = self.connector.begin(socket.as_fd(), to, nonblocking) {
+            if let Err(error) = self.connector.begin(&socket, to, nonblocking) {
                 return Ok(Outcome::error(errno::of(&error)));
             }
         }
         self.recent.insert(port, begun);
         if !inside {
-            self.is_underway(port, socket.as_fd())?;
+            self.is_underway(port, inode);
         }
         if !self.descriptors.swap(&self.notifier, &target, socket.as_fd(), nonblocking)? {
             // Another thread closed it meanwhile.
             return Ok(Outcome::error(Errno::EBADF));
         }
         if !nonblocking {
-            return self.wait_for_connection(Target { socket, ..target }, port);
+            return self.wait_for_connection(target.notification, socket, port);
         }
         let response = Response::Error(errno::to_raw(Errno::EINPROGRESS));
         if self.notifier.respond(target.notification.id, response).is_err()
@@ -188,24 +193,6 @@ impl GuestRunner {
             begun.interrupted = true;
         }
         Ok(Outcome::Later)
-    }
-
-    /// A vsock socket, bound to a port of ours.
-    pub(super) fn bound_socket(
-        &mut self,
-        mut next: impl FnMut(&mut super::ports::Ports) -> u32,
-    ) -> io::Result<(OwnedFd, u32)> {
-        let socket = vsock::socket()?;
-        vsock::set_buffer(socket.as_fd(), BUFFER)?;
-        for _ in 0..PORT_ATTEMPTS {
-            let port = next(&mut self.ports);
-            match vsock::bind(socket.as_fd(), port) {
-                Ok(()) => return Ok((socket, port)),
-                Err(error) if errno::of(&error) == Errno::EADDRINUSE => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Err(io::Error::from_raw_os_error(errno::to_raw(Errno::EADDRNOTAVAIL)))
     }
 
     /// Gives the program a fresh TCP socket of the guest's own in place of one that was outsourced.

@@ -31,7 +31,7 @@ const MAX_HELPERS: usize = 64;
 /// A helper that had nothing to do for so long ends.
 const IDLE: Duration = Duration::from_secs(10);
 /// The host's TCP gives up before that (tcp(7), `tcp_syn_retries`: 127 s), and says why.
-const PATIENCE: Duration = Duration::from_secs(180);
+pub(super) const PATIENCE: Duration = Duration::from_secs(180);
 /// Patience without a helper.
 const SHORT_PATIENCE: Duration = Duration::from_secs(30);
 /// A port of the guest on which nobody listens: programs cannot, and we do not.
@@ -42,7 +42,7 @@ const INSIDE_PATIENCE: Duration = Duration::from_millis(10);
 const MAX_TURNS: usize = 100_000;
 
 struct Job {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     to: vsock::Address,
     /// The program does not wait in its call.
     polled: bool,
@@ -67,30 +67,30 @@ struct Shared {
 pub(super) struct Connector(Arc<Shared>);
 
 impl Connector {
-    /// Begins a connection. The socket is in blocking mode, and its state is `Connecting` or beyond afterwards.
+    /// Begins a connection. The socket is in blocking mode and has its [`PATIENCE`]; its state is `Connecting` or beyond
+    /// afterwards.
     ///
     /// # Errors
     /// It could not be begun.
-    pub(super) fn begin(&self, socket: BorrowedFd<'_>, to: vsock::Address, polled: bool) -> io::Result<()> {
+    pub(super) fn begin(&self, socket: &Arc<OwnedFd>, to: vsock::Address, polled: bool) -> io::Result<()> {
         if !self.reserve() {
-            vsock::set_connect_timeout(socket, SHORT_PATIENCE)?;
+            vsock::set_connect_timeout(socket.as_fd(), SHORT_PATIENCE)?;
             fcntl_setfl(socket, OFlags::NONBLOCK)?;
-            let begun = vsock::connect(socket, to);
+            let begun = vsock::connect(socket.as_fd(), to);
             fcntl_setfl(socket, OFlags::empty())?;
             return match begun {
                 Err(error) if kso_sys::errno::of(&error) == Errno::EINPROGRESS => Ok(()),
                 done => done,
             };
         }
-        vsock::set_connect_timeout(socket, PATIENCE)?;
         let result = Arc::new(AtomicI32::new(RUNNING));
-        let job = Job { socket: socket.try_clone_to_owned()?, to, polled, result: Arc::clone(&result) };
+        let job = Job { socket: Arc::clone(socket), to, polled, result: Arc::clone(&result) };
         self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner).push_back(job);
         self.0.wake.notify_one();
         for _ in 0..MAX_TURNS {
             // Not before it is under way: until then the socket looks writable.
             match result.load(Ordering::Acquire) {
-                RUNNING if is_writable(socket) => {}
+                RUNNING if is_writable(socket.as_fd()) => {}
                 RUNNING | OVER => return Ok(()),
                 error => return Err(io::Error::from_raw_os_error(error)),
             }

@@ -7,6 +7,7 @@
 use crate::interceptor::{self, Publishing};
 use kso_sys::notify::{Action, Condition, Rule};
 use kso_sys::{numbers as number, options, vsock};
+use kso_wire::OptionName;
 
 /// Levels of options that AF_VSOCK does not have: `IPPROTO_IP`, `IPPROTO_TCP`, `IPPROTO_IPV6`.
 pub(super) const LEVELS: [u32; 3] = [0, 6, 41];
@@ -25,6 +26,10 @@ pub(super) mod socket_option {
     pub const PROTOCOL: u32 = 38;
     pub const DOMAIN: u32 = 39;
 }
+
+/// Options that a program can set without being seen: they are often set, and seldom on a socket that is outsourced.
+pub(super) const UNSEEN: &[OptionName] =
+    &[OptionName::ReuseAddress, OptionName::ReusePort, OptionName::ReceiveTimeout, OptionName::SendTimeout];
 
 /// The filter of a guest's programs.
 #[must_use]

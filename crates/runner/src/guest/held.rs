@@ -4,14 +4,14 @@ use super::recent::Failures;
 use super::run::Source;
 use super::signals::{self, Look, Status};
 use super::{GuestRunner, Outcome};
-use crate::descriptors::Target;
-use kso_sys::notify::Response;
+use kso_sys::notify::{Notification, Response};
 use kso_sys::vsock::{self, State};
 use kso_wire::{Errno, MAX_PENDING};
 use rustix::event::epoll;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Callers are looked at so often.
@@ -52,25 +52,29 @@ impl Caller {
 #[derive(Debug)]
 pub(super) struct Connecting {
     caller: Caller,
-    target: Target,
+    socket: Arc<OwnedFd>,
     /// The broker said that it is up; the kernel does not know yet.
     established: bool,
 }
 
 impl GuestRunner {
     /// Holds a blocking `connect` until its connection is up or failed.
-    pub(super) fn wait_for_connection(&mut self, target: Target, port: u32) -> io::Result<Outcome> {
-        if let State::Connected(_) = vsock::state(target.socket.as_fd())? {
+    pub(super) fn wait_for_connection(
+        &mut self,
+        notification: Notification,
+        socket: Arc<OwnedFd>,
+        port: u32,
+    ) -> io::Result<Outcome> {
+        if let State::Connected(_) = vsock::state(socket.as_fd())? {
             self.heard(port);
             return Ok(Outcome::DONE);
         }
         if self.connecting.len() >= MAX_PENDING {
             return Ok(Outcome::error(Errno::ENOBUFS));
         }
-        let notification = target.notification;
-        let limit = vsock::time_limit(target.socket.as_fd(), false);
+        let limit = vsock::time_limit(socket.as_fd(), false);
         let caller = Caller::new(notification.id, notification.tid, limit);
-        self.connecting.entry(port).or_default().push(Connecting { caller, target, established: false });
+        self.connecting.entry(port).or_default().push(Connecting { caller, socket, established: false });
         self.look_soon();
         Ok(Outcome::Later)
     }
@@ -96,7 +100,7 @@ impl GuestRunner {
         if let Some(held) = self.connecting.get(&port).and_then(|waiting| waiting.first()) {
             let data = epoll::EventData::new_u64(Source::Connecting(port).data());
             let flags = epoll::EventFlags::OUT | epoll::EventFlags::ONESHOT;
-            let _ = epoll::add(&self.events, &held.target.socket, data, flags);
+            let _ = epoll::add(&self.events, &*held.socket, data, flags);
         }
     }
 
@@ -104,12 +108,12 @@ impl GuestRunner {
     pub(super) fn settle(&mut self, port: u32) {
         let Some(waiting) = self.connecting.get(&port) else { return };
         let Some(first) = waiting.first() else { return };
-        let response = match vsock::state(first.target.socket.as_fd()) {
+        let response = match vsock::state(first.socket.as_fd()) {
             Ok(State::Connected(_) | State::ShutDown) => Response::Value(0),
             Ok(State::Connecting | State::Listening) => return,
             Ok(State::Closed) | Err(_) => {
                 let told = self.failures.take(port, None).map(kso_sys::errno::to_raw);
-                let own = kso_sys::take_error(first.target.socket.as_fd()).ok().filter(|&error| error != 0);
+                let own = kso_sys::take_error(first.socket.as_fd()).ok().filter(|&error| error != 0);
                 Response::Error(told.or(own).unwrap_or(kso_sys::errno::to_raw(Errno::ETIMEDOUT)))
             }
         };
@@ -134,7 +138,7 @@ impl GuestRunner {
         self.heard(port);
         for held in waiting {
             // A socket that has been registered stays so while the program has it.
-            let _ = epoll::delete(&self.events, &held.target.socket);
+            let _ = epoll::delete(&self.events, &*held.socket);
             self.respond(held.caller.id, response);
         }
     }

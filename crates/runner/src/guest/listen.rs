@@ -7,6 +7,7 @@
 use super::answers::Purpose;
 use super::connect::nonblocking;
 use super::ports::Port;
+use super::stock;
 use super::{GuestRunner, Kind, Outcome};
 use crate::descriptors::Target;
 use crate::interceptor::{CLOSED, Publishing, bound_address};
@@ -70,7 +71,7 @@ impl GuestRunner {
         }
         let options = self.tcp_options(&target, family)?;
         let backlog = notification.args[1] as i32;
-        let (socket, port) = self.bound_socket(|ports| ports.listener(family, inner.port()))?;
+        let (socket, port) = stock::bound(&mut self.ports, |ports| ports.listener(family, inner.port()))?;
         kso_sys::options::apply(socket.as_fd(), &options)?;
         rustix::net::listen(&socket, backlog.max(MIN_BACKLOG))?;
         let v6_only = options.get(OptionName::V6Only) == Some(1);

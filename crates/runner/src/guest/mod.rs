@@ -37,6 +37,7 @@ mod ports;
 mod recent;
 mod run;
 mod signals;
+mod stock;
 mod underway;
 mod watch;
 
@@ -157,13 +158,14 @@ pub struct GuestRunner {
     descriptors: Descriptors,
     connector: connector::Connector,
     ports: ports::Ports,
+    stock: stock::Stock,
     peers: peers::Peers,
     recent: recent::Recent,
     failures: recent::Failures,
     underway: underway::Underway,
     listeners: watch::Watch<listen::Published>,
     reservations: watch::Watch<SocketAddr>,
-    /// Cookies of TCP sockets on which options were set that need reading.
+    /// Cookies of TCP sockets on which options were set: on others only those that are set unseen are read.
     tuned: VecDeque<u64>,
     /// Some fell out of [`Self::tuned`].
     tuned_overflow: bool,
@@ -174,7 +176,7 @@ pub struct GuestRunner {
     connecting: HashMap<u32, Vec<held::Connecting>>,
     /// Calls that wait for a connection to accept, by their listener's vsock port.
     accepting: HashMap<u32, accept::Queue>,
-    /// Watches the control stream and what held calls wait for.
+    /// Watches what held calls wait for.
     events: OwnedFd,
     /// When callers that wait are looked at next.
     look_at: Option<Instant>,
@@ -186,6 +188,8 @@ pub struct GuestRunner {
     quiet: u32,
     /// The control stream was seen to be lost.
     lost: bool,
+    /// Until then the control stream is not looked at, unless a call waits for what it brings.
+    rest_until: Option<Instant>,
     /// Where FIONREAD peeks; made when it is first asked for.
     peeked: Vec<u8>,
 }
@@ -200,12 +204,6 @@ impl GuestRunner {
         notifier.synchronous_wake_up();
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let control = Control::open(streams.control, streams.tun.segments_datagrams())?;
-        if let Some(descriptor) = control.descriptor() {
-            let data = epoll::EventData::new_u64(run::Source::Control.data());
-            // Edges: each time all is read, and written as far as there is room.
-            let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-            epoll::add(&events, descriptor, data, flags)?;
-        }
         Ok(Self {
             notifier,
             publishing: GuestConfig::publishing(&config.publish, config.loopback),
@@ -215,6 +213,7 @@ impl GuestRunner {
             descriptors: Descriptors::default(),
             connector: connector::Connector::default(),
             ports: ports::Ports::default(),
+            stock: stock::Stock::default(),
             peers: peers::Peers::default(),
             recent: recent::Recent::default(),
             failures: recent::Failures::default(),
@@ -234,6 +233,7 @@ impl GuestRunner {
             next_look: 0,
             quiet: 0,
             lost: false,
+            rest_until: None,
             peeked: Vec::new(),
         })
     }
@@ -308,16 +308,20 @@ impl GuestRunner {
     /// The options of a TCP socket that a fresh one does not have.
     fn tcp_options(&mut self, target: &Target, family: Family) -> io::Result<SocketOptions> {
         let socket = target.socket.as_fd();
-        let all = self.tuned_overflow
+        let tuned = self.tuned_overflow
             || (!self.tuned.is_empty() && recall(&mut self.tuned, &kso_sys::cookie(socket)?));
         let [v4, v6] = &self.config.defaults;
         let defaults = if family == Family::V4 { v4 } else { v6 };
-        Ok(kso_sys::options::read(socket, defaults, all))
+        Ok(if tuned {
+            kso_sys::options::read(socket, defaults, true)
+        } else {
+            kso_sys::options::read_these(socket, defaults, filter::UNSEEN)
+        })
     }
 
     fn caller(&mut self, notification: Notification) -> io::Result<Caller> {
-        let program = crate::interceptor::threads::name_of(notification.tid);
-        Ok(Caller { pid: self.descriptors.process(notification.tid)?, program })
+        let program = self.descriptors.program(notification.tid);
+        Ok(Caller { pid: self.descriptors.threads.again(notification.tid)?.process, program })
     }
 
     /// Asks the broker, and holds the call until it answers.

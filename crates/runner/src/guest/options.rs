@@ -45,7 +45,13 @@ impl GuestRunner {
         let family = Port::of(port).family;
         let int = |value: i32| Ok(write_option(notification, &value.to_ne_bytes()));
         match (level, option) {
-            (SOL_SOCKET, so::ERROR) => return int(self.take_error(&target, port)),
+            (SOL_SOCKET, so::ERROR) => {
+                self.receive_control();
+                if !self.failures.has(port) && !self.recent.get(port).is_some_and(|begun| begun.failed) {
+                    return Ok(Outcome::CONTINUE);
+                }
+                return int(self.take_error(&target, port));
+            }
             (SOL_SOCKET, so::DOMAIN) if family == Family::V4 => return int(numbers::AF_INET),
             (SOL_SOCKET, so::DOMAIN) => return int(numbers::AF_INET6),
             (SOL_SOCKET, so::PROTOCOL) => return int(TCP.cast_signed()),
@@ -95,7 +101,6 @@ impl GuestRunner {
 
     /// The error of a socket, once: what the broker said of its stream, or the kernel's own.
     fn take_error(&mut self, target: &Target, port: u32) -> i32 {
-        self.receive_control();
         let socket = target.socket.as_fd();
         let (state, own) = (vsock::state(socket), kso_sys::take_error(socket).unwrap_or(0));
         let peer = match state {

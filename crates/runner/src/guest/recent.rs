@@ -73,6 +73,11 @@ impl Failures {
         self.0.push_back((port, peer, errno));
     }
 
+    /// Whether a stream of this port may have one.
+    pub fn has(&self, port: u32) -> bool {
+        self.0.iter().any(|&(of, ..)| of == port)
+    }
+
     /// Takes the error of a stream.
     pub fn take(&mut self, port: u32, peer: Option<Address>) -> Option<Errno> {
         let at = self.0.iter().rposition(|&(of, with, _)| of == port && (with.is_none() || with == peer))?;

@@ -6,13 +6,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+/// A message that no call waits for can wait so long: each look costs a busy guest two changes of process.
+const REST: Duration = Duration::from_millis(100);
 /// So many events are taken at a time.
 const EVENTS: usize = 32;
 
 /// What an event is about, as an epoll registration's word: the kind in the upper half, a vsock port in the lower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Source {
-    Control,
     Accepting(u32),
     Connecting(u32),
 }
@@ -20,7 +21,6 @@ pub(super) enum Source {
 impl Source {
     pub(super) fn data(self) -> u64 {
         match self {
-            Self::Control => 0,
             Self::Accepting(port) => 1 << 32 | u64::from(port),
             Self::Connecting(port) => 2 << 32 | u64::from(port),
         }
@@ -28,7 +28,6 @@ impl Source {
 
     fn of(data: u64) -> Self {
         match data >> 32 {
-            0 => Self::Control,
             1 => Self::Accepting(data as u32),
             _ => Self::Connecting(data as u32),
         }
@@ -60,12 +59,17 @@ impl GuestRunner {
         ];
         let next = deadlines.into_iter().flatten().min().map(|at| at.saturating_duration_since(now));
         let timeout = [next, limit].into_iter().flatten().min();
-        let [calls, events, tun, stream, other] = self.poll(other, timeout)?;
+        let [calls, events, control, tun, stream, other] = self.poll(other, timeout)?;
         if calls.contains(PollFlags::IN) {
             self.serve();
         } else if calls.intersects(PollFlags::HUP | PollFlags::ERR) {
             // Nobody is left to call.
             self.supervising = false;
+        }
+        if !control.is_empty() {
+            self.control.flush();
+            self.receive_control();
+            self.rest_until = Some(now + REST);
         }
         if events.contains(PollFlags::IN) {
             self.serve_events()?;
@@ -81,15 +85,22 @@ impl GuestRunner {
     }
 
     /// The notifier is polled directly, so that the kernel can hand a call over on the caller's own core.
-    fn poll(&self, other: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<[PollFlags; 5]> {
+    fn poll(&self, other: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<[PollFlags; 6]> {
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let events = self.events.as_fd();
         let calls = if self.supervising { self.notifier.as_fd() } else { events };
+        let awaited = !(self.asked.is_empty() && self.connecting.is_empty());
+        let mut by_control = PollFlags::empty();
+        by_control.set(PollFlags::IN, awaited || self.rest_until.is_none());
+        by_control.set(PollFlags::OUT, self.control.has_waiting());
+        let (control, by_control) =
+            self.control.descriptor().map_or((events, PollFlags::empty()), |control| (control, by_control));
         let (tun, from_tun) = self.packets.tun();
         let (stream, by_stream) = self.packets.stream().unwrap_or((events, PollFlags::empty()));
         let mut polled = [
             PollFd::from_borrowed_fd(calls, PollFlags::IN),
             PollFd::from_borrowed_fd(events, PollFlags::IN),
+            PollFd::from_borrowed_fd(control, by_control),
             PollFd::from_borrowed_fd(tun, from_tun),
             PollFd::from_borrowed_fd(stream, by_stream),
             PollFd::from_borrowed_fd(other, PollFlags::IN),
@@ -104,7 +115,7 @@ impl GuestRunner {
                 }
                 Ok(seen)
             }
-            Err(rustix::io::Errno::INTR) => Ok([PollFlags::empty(); 5]),
+            Err(rustix::io::Errno::INTR) => Ok([PollFlags::empty(); 6]),
             Err(error) => Err(error.into()),
         }
     }
@@ -128,10 +139,6 @@ impl GuestRunner {
         }
         for event in events {
             match Source::of(event.data.u64()) {
-                Source::Control => {
-                    self.control.flush();
-                    self.receive_control();
-                }
                 Source::Accepting(port) => self.acceptable(port),
                 Source::Connecting(port) => {
                     self.receive_control();
@@ -145,6 +152,9 @@ impl GuestRunner {
     fn expire(&mut self) {
         let now = Instant::now();
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        if due(self.rest_until) {
+            self.rest_until = None;
+        }
         if due(self.look_at) {
             self.look(now);
         }
@@ -166,7 +176,7 @@ mod tests {
 
     #[test]
     fn an_event_says_what_it_is_about() {
-        for source in [Source::Control, Source::Accepting(u32::MAX), Source::Connecting(7)] {
+        for source in [Source::Accepting(u32::MAX), Source::Connecting(7)] {
             assert_eq!(Source::of(source.data()), source);
         }
     }

@@ -7,11 +7,8 @@
 use super::GuestRunner;
 use kso_wire::MAX_PENDING;
 use kso_wire::guest::ToHost;
-use rustix::fs::fstat;
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io;
-use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 /// A connection that takes longer is looked after.
@@ -41,13 +38,12 @@ impl Underway {
 }
 
 impl GuestRunner {
-    pub(super) fn is_underway(&mut self, port: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
+    pub(super) fn is_underway(&mut self, port: u32, inode: u64) {
         if self.underway.connections.len() < MAX_PENDING {
             let now = Instant::now();
-            self.underway.connections.insert(port, (now, fstat(socket)?.st_ino, false));
+            self.underway.connections.insert(port, (now, inode, false));
             self.underway.look_at.get_or_insert(now + LONG);
         }
-        Ok(())
     }
 
     /// Gives up connections that nobody has.
