@@ -5,7 +5,8 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::protocol::{
@@ -51,7 +52,11 @@ enum Work {
     /// Connect, send 100 bytes, receive 100 bytes, close; again and again
     Connect,
     /// The same, as often as each line of standard input says
-    Soak,
+    Soak {
+        /// Connect without blocking, and wait with poll(2)
+        #[arg(long)]
+        nonblocking: bool,
+    },
     /// Opens connections and keeps them: one target number per line of standard input
     Hold,
     /// Datagrams to and fro
@@ -104,7 +109,7 @@ pub fn run(args: &Args) -> Result<()> {
             connect_for(args.to, window.warm_up)?;
             say_value(connect_for(args.to, window.length)?)
         }
-        Work::Soak => soak(args.to),
+        Work::Soak { nonblocking } => soak(args.to, nonblocking),
         Work::Hold => hold(args.to),
         Work::UdpPingpong { size } => say(udp_pingpong(args.to, size, window)?),
         Work::UdpUp { size } => say(udp_up(args.to, size, window)?),
@@ -113,7 +118,10 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn open(to: SocketAddr, mode: Mode, size: u32, window: Window) -> Result<TcpStream> {
-    let mut stream = TcpStream::connect(to).with_context(|| format!("cannot connect to {to}"))?;
+    begin(TcpStream::connect(to).with_context(|| format!("cannot connect to {to}"))?, mode, size, window)
+}
+
+fn begin(mut stream: TcpStream, mode: Mode, size: u32, window: Window) -> Result<TcpStream> {
     stream.write_all(&Request { mode, size, window }.encode())?;
     Ok(stream)
 }
@@ -192,9 +200,30 @@ fn rate(window: Window, mut step: impl FnMut() -> Result<()>) -> Result<f64> {
     }
 }
 
+/// As programs with an event loop connect.
+fn connect_nonblocking(to: SocketAddr) -> Result<TcpStream> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    if let Err(error) = socket.connect(&to.into()) {
+        let begun = rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::INPROGRESS);
+        ensure!(begun, "cannot connect to {to}: {error}");
+        let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
+        let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
+        ensure!(poll(&mut fds, Some(&patience))? > 0, "no connection to {to} within ten seconds");
+        if let Some(error) = socket.take_error()? {
+            return Err(error).with_context(|| format!("cannot connect to {to}"));
+        }
+    }
+    socket.set_nonblocking(false)?;
+    Ok(socket.into())
+}
+
 /// One connection: 100 bytes there, 100 bytes back, the server's end of file, close.
 fn connect_once(to: SocketAddr) -> Result<()> {
-    let mut stream = open(to, Mode::Reply, 0, Window::millis(0, 0))?;
+    exchange(open(to, Mode::Reply, 0, Window::millis(0, 0))?)
+}
+
+fn exchange(mut stream: TcpStream) -> Result<()> {
     let mut reply = [0; REQUEST_LEN + 1];
     let mut length = 0;
     while let Some(rest) = reply.get_mut(length..) {
@@ -213,12 +242,19 @@ fn connect_for(to: SocketAddr, time: Duration) -> Result<f64> {
     rate(Window { warm_up: Duration::ZERO, length: time }, || connect_once(to))
 }
 
-fn soak(to: SocketAddr) -> Result<()> {
+fn soak(to: SocketAddr, nonblocking: bool) -> Result<()> {
+    let once = || {
+        if nonblocking {
+            exchange(begin(connect_nonblocking(to)?, Mode::Reply, 0, Window::millis(0, 0))?)
+        } else {
+            connect_once(to)
+        }
+    };
     for line in io::stdin().lock().lines() {
         let count: u32 = line?.trim().parse().context("a number of connections")?;
         let start = Instant::now();
         for number in 0..count {
-            connect_once(to).with_context(|| format!("connection {number}"))?;
+            once().with_context(|| format!("connection {number}"))?;
         }
         say_value(f64::from(count) / start.elapsed().as_secs_f64())?;
     }

@@ -1,9 +1,11 @@
-//! Measures `kso run` against native loopback, pasta and slirp4netns, in namespaces of its own.
+//! Measures `kso run` against native loopback, pasta and slirp4netns, and `kso vm` against NICs in the same guest, in
+//! namespaces of its own.
 //!
-//! `kso-bench run` is the whole; `server` and `client` are the workloads that it starts. It knows kso only as a
-//! command, as its users do.
+//! `kso-bench run` and `kso-bench guest` are the whole; `server` and `client` are the workloads that they start. It knows
+//! kso only as a command, as its users do, and its launcher for a guest without kso.
 
 mod client;
+mod guest;
 mod measure;
 mod namespace;
 mod procfs;
@@ -27,10 +29,15 @@ use clap::Parser;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 #[derive(Parser)]
-#[command(about = "Measures `kso run` against native loopback, pasta and slirp4netns")]
+#[command(about = "Measures `kso run` and `kso vm` against their like")]
 enum Command {
     /// Measure every row and write the data, the table and the plots
     Run(run::Args),
+    /// Measure microVMs, and write the data, the table and the plots
+    Guest(guest::Args),
+    /// What runs in a measured guest
+    #[command(hide = true)]
+    Agent,
     /// Write the table and the plots again from the data
     Report {
         #[arg(long, default_value = "docs/bench")]
@@ -53,6 +60,12 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // The kernel gives its first program this name (init/main.c), and words of its own command line.
+    let is_init = std::env::args_os().next().is_some_and(|name| name == "/init");
+    if is_init && rustix::process::getpid().is_init() {
+        let _ = guest::machine::be_init();
+        return ExitCode::FAILURE;
+    }
     match dispatch(&Command::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -65,6 +78,8 @@ fn main() -> ExitCode {
 fn dispatch(command: &Command) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args),
+        Command::Guest(args) => guest::run(args),
+        Command::Agent => guest::agent::run(),
         Command::Report { output, kso, date } => report::again(output, kso.as_deref(), date.clone()),
         Command::Server(args) => server::run(args),
         Command::Client(args) => client::run(args),

@@ -63,6 +63,23 @@ impl Facts {
         lines.extend(date.map(|date| format!("- date: {date}")));
         Facts { lines }
     }
+
+    /// Leaves out those that begin otherwise.
+    pub fn keep_only(&mut self, beginnings: &[&str]) {
+        self.lines.retain(|line| beginnings.iter().any(|beginning| line.starts_with(beginning)));
+    }
+
+    pub fn add(&mut self, line: String) {
+        self.lines.push(line);
+    }
+
+    pub fn add_version(&mut self, name: &str, command: &[&str]) {
+        self.lines.extend(version(command).map(|version| format!("- {name}: {version}")));
+    }
+
+    pub fn text(&self) -> String {
+        self.lines.join("\n")
+    }
 }
 
 /// The line of the output that has the version in it.

@@ -170,7 +170,7 @@ impl Job {
         Ok(job)
     }
 
-    fn spawn(wrapper: &[OsString], command: &[OsString]) -> Result<Job> {
+    pub fn spawn(wrapper: &[OsString], command: &[OsString]) -> Result<Job> {
         let mut words = wrapper.iter().chain(command);
         let program = words.next().context("an empty command")?;
         let mut child = Command::new(program)
