@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use kso_vm::{Accelerator, Kernel, Machine, MachineConfig, MachineKind};
+use kso_vm::{Kernel, Machine, MachineConfig, MachineKind};
 use rustix::system::RebootCommand;
 
 use super::agent::{Answer, Request};
@@ -14,8 +14,8 @@ use crate::sandbox::{Job, Tools};
 
 /// A guest boots in a second or two, even emulated; not on a busy machine.
 const BOOT_PATIENCE: Duration = Duration::from_secs(90);
-/// What the bare guest says first.
-const HELLO: &str = "kso-bench runs as init";
+/// What the bare guest says first: what kso's own init says when it is asked whether a kernel runs.
+const HELLO: &str = "kso: init runs";
 
 /// A guest under `kso vm`, with the agent in it.
 pub struct Guest {
@@ -53,7 +53,7 @@ impl Guest {
 
 /// Milliseconds from the start of QEMU to the first line of a bare `/init`: no device, nothing loaded.
 pub fn bare_boot(kernel: &Kernel) -> Result<f64> {
-    let accelerator = Accelerator::Tcg;
+    let accelerator = kso_vm::accelerator(kernel);
     let config = MachineConfig::new(kernel, MachineKind::Microvm, accelerator, &[])?;
     let start = Instant::now();
     let mut machine = Machine::start(&config)?;

@@ -42,7 +42,7 @@ one broker, which also have a tap each on one bridge.
 
 /// Where and with what the figures were got.
 pub fn facts(tools: &Tools, kernel: &Kernel, date: Option<&str>) -> String {
-    let accelerator = kso_vm::Accelerator::Tcg.name();
+    let accelerator = kso_vm::accelerator(kernel).name();
     let versions = [
         ("QEMU", vec!["qemu-system-x86_64", "--version"]),
         ("passt", vec!["dpkg-query", "-W", "-f", "${Version}\\n", "passt"]),
