@@ -30,6 +30,14 @@ impl Client {
         })
     }
 
+    /// The microVM that is tested, or else the one whose kernel is this system's own kind.
+    pub fn guest() -> Self {
+        match Self::current() {
+            Self::Sandbox => Self::Guest { kernel: Some("6.1".to_owned()) },
+            guest @ Self::Guest { .. } => guest.clone(),
+        }
+    }
+
     /// Whether it is a microVM.
     pub fn is_guest(&self) -> bool {
         matches!(self, Self::Guest { .. })

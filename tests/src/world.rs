@@ -197,8 +197,17 @@ impl World {
 
     /// `cmd` under kso with `flags` (split at spaces) in the host namespace, on the client kernel that is tested.
     pub fn outsourced(&self, flags: &str, cmd: Cmd) -> Cmd {
+        self.outsourced_on(Client::current(), flags, cmd)
+    }
+
+    /// The same in a microVM, whatever is tested otherwise.
+    pub fn guest(&self, flags: &str, cmd: Cmd) -> Cmd {
+        self.outsourced_on(&Client::guest(), flags, cmd)
+    }
+
+    /// The same on a client kernel.
+    pub fn outsourced_on(&self, client: &Client, flags: &str, cmd: Cmd) -> Cmd {
         let shared = [self.directory.path().display().to_string(), programs_directory()];
-        let client = Client::current();
         let limit = client.patience(cmd.limit);
         self.at_host(cmd.prefixed(client.words(&kso_binary(), flags, &shared)).limit(limit))
     }
