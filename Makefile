@@ -1,9 +1,10 @@
 # One command each. `make test` is what CI runs.
-.PHONY: help build test fmt lint docs demo bench fuzz deps install clean
+.PHONY: help build test test-all fmt lint docs demo bench fuzz deps install clean
 
 help:
 	@echo 'make build   the kso command, optimized: target/kso'
 	@echo 'make test    everything that CI checks: format, lints, licences, docs, unit and end-to-end tests (as root)'
+	@echo 'make test-all the same, and every suite in guests of three kernels (hours where they are emulated)'
 	@echo 'make demo    kso on real programs, in about a minute (as root)'
 	@echo 'make bench   the figures of docs/bench (as root)'
 	@echo 'make fuzz    each fuzz target for ten minutes (FUZZ_SECONDS=60 for one)'
@@ -30,6 +31,9 @@ deps:
 test:
 	@scripts/test
 
+test-all:
+	@KSO_TEST_ALL=1 scripts/test
+
 fmt:
 	cargo fmt --all
 
@@ -44,8 +48,9 @@ demo: build
 	@scripts/demo
 
 bench: build
-	@scripts/install-deps bench
+	@scripts/install-deps bench kernel:6.1
 	cargo run --release --locked -p kso-benches --bin kso-bench -- run
+	cargo run --release --locked -p kso-benches --bin kso-bench -- guest
 
 fuzz:
 	@scripts/install-deps build
