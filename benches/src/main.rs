@@ -10,6 +10,7 @@ mod measure;
 mod namespace;
 mod procfs;
 mod protocol;
+mod readme;
 mod report;
 mod rows;
 mod run;

@@ -10,7 +10,7 @@ mod rows;
 
 use std::env;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -63,6 +63,8 @@ pub struct Args {
     inside: bool,
 }
 
+/// Where the results are that the README shows, too.
+const PUBLISHED: &str = "docs/bench";
 /// Time before what is measured.
 const WARM_UP_MILLIS: u64 = 300;
 /// Beyond the time that is measured.
@@ -120,7 +122,7 @@ pub fn run(args: &Args) -> Result<()> {
     for failure in &run.failures {
         eprintln!("failed: {failure}");
     }
-    let fallback = if args.quick { "target/bench" } else { "docs/bench" };
+    let fallback = if args.quick { "target/bench" } else { PUBLISHED };
     let output = args.output.clone().unwrap_or_else(|| fallback.into());
     fs::create_dir_all(&output).with_context(|| format!("cannot make {}", output.display()))?;
     let path = output.join(report::DATA);
@@ -129,6 +131,9 @@ pub fn run(args: &Args) -> Result<()> {
     samples.save(&path)?;
     let facts = report::facts(&run.tools, &run.kernel, args.date.as_deref());
     report::write(&output, &samples, &facts, &run.failures)?;
+    if output == Path::new(PUBLISHED) {
+        crate::readme::update(Path::new("README.md"), "bench-guest", &report::readme(&samples))?;
+    }
     println!("{}", report::table(&samples));
     println!("The data, the table and the plots are in {}", output.display());
     Ok(())

@@ -111,6 +111,25 @@ pub fn table(samples: &Samples) -> String {
     text
 }
 
+/// What the README shows.
+pub fn readme(samples: &Samples) -> String {
+    let ways = [Way::Kso, Way::Tap, Way::Slirp, Way::Passt];
+    let names: Vec<&str> = ways.iter().map(|way| way.name()).collect();
+    let mut text =
+        format!("| in one guest | {} | kso : tap |\n|---|{}---|\n", names.join(" | "), "---|".repeat(4));
+    for row in ROWS.iter().chain(PAIR) {
+        let cells: Vec<String> = ways
+            .iter()
+            .map(|way| summary(&samples.values(row.name, way.name())))
+            .map(|found| found.map_or("–".into(), |found| number(found.median)))
+            .collect();
+        let Some(ratio) = ratio(samples, (row.name, Way::Kso), (row.name, Way::Tap)) else { continue };
+        let (cells, ratio) = (cells.join(" | "), number(ratio.median));
+        let _ = writeln!(text, "| {}, {} | {cells} | {ratio}× |", row.title, row.unit());
+    }
+    text
+}
+
 fn rows_table(text: &mut String, samples: &Samples, title: &str, rows: &[Row], ways: &[Way]) {
     let there = |row: &&Row| ways.iter().any(|way| !samples.of(row.name, way.name()).is_empty());
     let rows: Vec<&Row> = rows.iter().filter(there).collect();
