@@ -28,5 +28,5 @@ pub mod vsock;
 mod socket;
 pub use socket::{
     MAX_ADDRESS, RawAddress, address_bytes, address_from_raw, address_to_raw, bind, cookie, domain,
-    local_address, netns_cookie, out_queue, peer_address, protocol, take_error, tcp_info, tcp_state,
+    local_address, netns_cookie, out_queue, peer_address, take_error, tcp_info, tcp_state,
 };

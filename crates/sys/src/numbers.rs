@@ -40,6 +40,8 @@ pub const F_DUPFD_CLOEXEC: u32 = libc::F_DUPFD_CLOEXEC as u32;
 pub const MSG_FASTOPEN: u32 = libc::MSG_FASTOPEN as u32;
 /// `EOPNOTSUPP`.
 pub const EOPNOTSUPP: u16 = libc::EOPNOTSUPP as u16;
+/// `ESRCH`.
+pub const ESRCH: i32 = libc::ESRCH;
 /// `ENOSYS`.
 pub const ENOSYS: u16 = libc::ENOSYS as u16;
 /// `EBADF`.
@@ -58,9 +60,5 @@ pub const AF_INET: i32 = libc::AF_INET;
 pub const AF_INET6: i32 = libc::AF_INET6;
 /// `SOCK_STREAM`.
 pub const SOCK_STREAM: i32 = libc::SOCK_STREAM;
-/// `IPPROTO_TCP`.
-pub const IPPROTO_TCP: i32 = libc::IPPROTO_TCP;
-/// `IPPROTO_MPTCP`: falls back to TCP with a peer that has none, as ours does.
-pub const IPPROTO_MPTCP: i32 = 262;
 /// `O_CLOEXEC`, as `/proc/PID/fdinfo` shows it.
 pub const O_CLOEXEC: u32 = libc::O_CLOEXEC as u32;

@@ -31,7 +31,8 @@ struct Entry {
     layout: Layout,
     /// `None`: sockets of both families have it.
     family: Option<Family>,
-    /// Hardly any program sets it on a socket before it connects or listens.
+    /// Set once in the life of a socket at most: whoever sees it being set need not ask each socket for it. The others
+    /// are set on each accepted connection, or again and again: seeing those would cost more.
     rare: bool,
 }
 
@@ -51,14 +52,19 @@ const fn only(family: Family, name: OptionName, level: libc::c_int, number: libc
 }
 
 const TCP_NOTSENT_LOWAT: libc::c_int = 25;
+/// Which buffer sizes a program has set (Linux 5.15; `include/uapi/asm-generic/socket.h`).
+const SO_BUF_LOCK: libc::c_int = 72;
+/// `SOCK_SNDBUF_LOCK` and `SOCK_RCVBUF_LOCK` (`include/uapi/linux/socket.h`).
+const SEND_BUFFER_LOCK: libc::c_int = 1;
+const RECEIVE_BUFFER_LOCK: libc::c_int = 2;
 
 /// Every option that is carried over. `V6Only` and the reuse flags come first: they matter to `bind`.
 const TABLE: &[Entry] = &[
-    only(Family::V6, OptionName::V6Only, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
-    entry(OptionName::ReuseAddress, libc::SOL_SOCKET, libc::SO_REUSEADDR, Layout::Int),
-    entry(OptionName::ReusePort, libc::SOL_SOCKET, libc::SO_REUSEPORT, Layout::Int),
+    only(Family::V6, OptionName::V6Only, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY).rare(),
+    entry(OptionName::ReuseAddress, libc::SOL_SOCKET, libc::SO_REUSEADDR, Layout::Int).rare(),
+    entry(OptionName::ReusePort, libc::SOL_SOCKET, libc::SO_REUSEPORT, Layout::Int).rare(),
     entry(OptionName::KeepAlive, libc::SOL_SOCKET, libc::SO_KEEPALIVE, Layout::Int),
-    entry(OptionName::Linger, libc::SOL_SOCKET, libc::SO_LINGER, Layout::Linger),
+    entry(OptionName::Linger, libc::SOL_SOCKET, libc::SO_LINGER, Layout::Linger).rare(),
     entry(OptionName::SendBuffer, libc::SOL_SOCKET, libc::SO_SNDBUF, Layout::Doubled),
     entry(OptionName::ReceiveBuffer, libc::SOL_SOCKET, libc::SO_RCVBUF, Layout::Doubled),
     entry(OptionName::ReceiveTimeout, libc::SOL_SOCKET, libc::SO_RCVTIMEO, Layout::Time),
@@ -73,12 +79,12 @@ const TABLE: &[Entry] = &[
     entry(OptionName::KeepIdle, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, Layout::Int),
     entry(OptionName::KeepInterval, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, Layout::Int),
     entry(OptionName::KeepCount, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, Layout::Int),
-    entry(OptionName::UserTimeout, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, Layout::Int),
+    entry(OptionName::UserTimeout, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, Layout::Int).rare(),
     entry(OptionName::SynCount, libc::IPPROTO_TCP, libc::TCP_SYNCNT, Layout::Int).rare(),
     entry(OptionName::MaxSegment, libc::IPPROTO_TCP, libc::TCP_MAXSEG, Layout::Int).rare(),
     entry(OptionName::DeferAccept, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, Layout::Int).rare(),
     entry(OptionName::Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, Layout::Int).rare(),
-    entry(OptionName::NotSentLowWater, libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, Layout::Int),
+    entry(OptionName::NotSentLowWater, libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, Layout::Int).rare(),
     entry(OptionName::WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, Layout::Int).rare(),
     entry(OptionName::CongestionControl, libc::IPPROTO_TCP, libc::TCP_CONGESTION, Layout::Congestion).rare(),
     entry(OptionName::TypeOfService, libc::IPPROTO_IP, libc::IP_TOS, Layout::Int).rare(),
@@ -176,12 +182,20 @@ pub fn rare() -> impl Iterator<Item = (i32, i32)> {
 }
 
 /// The options of `socket` that differ from `defaults`, in the order in which to apply them; those of
-/// [`rare`] only if `all` is asked for. A call costs a third of a microsecond.
+/// [`rare`] only if `all` is asked for. Each costs a third of a microsecond.
 #[must_use]
 pub fn read(socket: BorrowedFd<'_>, defaults: &Defaults, all: bool) -> SocketOptions {
     let mut options = SocketOptions::default();
+    // One question for both; an older kernel is asked for each.
+    let buffers =
+        get(socket, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(SEND_BUFFER_LOCK | RECEIVE_BUFFER_LOCK);
     for (entry, default) in TABLE.iter().zip(&defaults.values) {
-        if (entry.rare && !all) || entry.family.is_some_and(|only| only != defaults.family) {
+        let untouched = match entry.name {
+            OptionName::SendBuffer => buffers & SEND_BUFFER_LOCK == 0,
+            OptionName::ReceiveBuffer => buffers & RECEIVE_BUFFER_LOCK == 0,
+            _ => entry.rare && !all,
+        };
+        if untouched || entry.family.is_some_and(|only| only != defaults.family) {
             continue;
         }
         if let Ok(value) = read_one(socket, entry)

@@ -78,14 +78,6 @@ pub fn domain(socket: BorrowedFd<'_>) -> io::Result<i32> {
     get(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)
 }
 
-/// Protocol of a socket (`SO_PROTOCOL`).
-///
-/// # Errors
-/// `ENOTSOCK`.
-pub fn protocol(socket: BorrowedFd<'_>) -> io::Result<i32> {
-    get(socket, libc::SOL_SOCKET, libc::SO_PROTOCOL)
-}
-
 /// Fetches and clears the error of a socket (`SO_ERROR`), a number of `errno.h` or 0.
 ///
 /// # Errors

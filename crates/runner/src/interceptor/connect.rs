@@ -2,7 +2,7 @@
 
 use super::{Call, Interceptor, MAX_INTERRUPTED, Outcome, Publishing, Purpose, recall, remember};
 use kso_sys::notify::{Notification, Response};
-use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, remote, tcp_state};
+use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, remote};
 use kso_wire::{
     Answer, BrokerLink, Connect, Errno, Family, LoopbackMode, OptionName, Origin, Reply, Request,
 };
@@ -45,7 +45,7 @@ impl Interceptor {
             return Ok(Outcome::CONTINUE);
         }
         let socket = call.socket.as_fd();
-        let state = tcp_state(socket)?;
+        let state = call.state;
         let nonblocking = rustix::fs::fcntl_getfl(socket)?.contains(OFlags::NONBLOCK);
         let swapped = self.is_swapped(socket)?;
         if swapped {
@@ -82,7 +82,7 @@ impl Interceptor {
     /// cannot come back in.
     fn inside(&self, call: &Call) -> io::Result<Outcome> {
         let socket = call.socket.as_fd();
-        if !self.is_swapped(socket)? || tcp_state(socket)? != CLOSED {
+        if call.state != CLOSED || !self.is_swapped(socket)? {
             return Ok(Outcome::CONTINUE);
         }
         Ok(match failure(socket)? {

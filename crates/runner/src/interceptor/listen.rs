@@ -8,7 +8,7 @@
 use super::connect::{CLOSED, bound_address};
 use super::{Call, Interceptor, MAX_LISTENERS, Outcome, Publishing, Purpose, Translation};
 use kso_sys::notify::{Notification, Response};
-use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, remote, tcp_state};
+use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, remote};
 use kso_wire::{
     Answer, BrokerLink, Caller, Errno, Family, Listen, LoopbackMode, Reply, Request, RequestId, Submitted,
 };
@@ -146,7 +146,7 @@ impl Interceptor {
         }
         let Some(call) = self.tcp_socket(notification)? else { return Ok(Outcome::CONTINUE) };
         let socket = call.socket.as_fd();
-        if self.is_swapped(socket)? || tcp_state(socket)? != CLOSED {
+        if call.state != CLOSED || self.is_swapped(socket)? {
             return Ok(Outcome::CONTINUE);
         }
         let inner = match (bound_address(socket)?, call.family) {
@@ -199,7 +199,7 @@ impl Interceptor {
             return Ok(Outcome::CONTINUE);
         }
         let RawAddress::Inet(outer) = local_address(socket)? else { return Ok(Outcome::CONTINUE) };
-        let inner = if tcp_state(socket)? == LISTENING {
+        let inner = if call.state == LISTENING {
             let cookie = kso_sys::cookie(socket)?;
             self.translations.iter().find(|known| known.cookie == cookie).map(|known| known.inner)
         } else {

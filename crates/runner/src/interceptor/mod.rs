@@ -33,7 +33,7 @@ use kso_sys::notify::{Listener, Notification, Response};
 use kso_sys::options::Defaults;
 use kso_sys::{numbers, remote};
 use kso_wire::{
-    Answer, BrokerLink, Caller, Family, LoopbackMode, MAX_PENDING, Request, RequestId, SocketOptions,
+    Answer, BrokerLink, Caller, Errno, Family, LoopbackMode, MAX_PENDING, Request, RequestId, SocketOptions,
     Submitted, TunAddresses,
 };
 use std::collections::{HashMap, VecDeque};
@@ -90,7 +90,7 @@ enum Outcome {
 impl Outcome {
     const CONTINUE: Self = Self::Respond(Response::Continue);
 
-    fn error(errno: kso_wire::Errno) -> Self {
+    fn error(errno: Errno) -> Self {
         Self::Respond(Response::Error(kso_sys::errno::to_raw(errno)))
     }
 }
@@ -103,6 +103,8 @@ struct Call {
     /// Our copy of its descriptor.
     socket: OwnedFd,
     family: Family,
+    /// The state that it had when the call was taken apart (`kso_sys::tcp_state`).
+    state: u8,
 }
 
 /// What a broker's answer is for.
@@ -209,7 +211,7 @@ impl Interceptor {
     }
 
     fn handle(&mut self, notification: Notification, link: &mut dyn BrokerLink) {
-        let outcome = self.threads.get(notification.tid).map(drop).and_then(|()| match notification.call {
+        let outcome = match notification.call {
             numbers::CONNECT => self.connect(notification, link),
             numbers::LISTEN => self.listen(notification, link),
             numbers::BIND => self.bind(notification, link),
@@ -220,7 +222,7 @@ impl Interceptor {
             numbers::EPOLL_CREATE => self.epoll_made(notification),
             // dup, dup2, dup3, fcntl(F_DUPFD): the first argument is the descriptor.
             _ => self.duplicate(notification),
-        });
+        };
         // A target that vanished, or that cannot be looked into, gets what its own kernel says.
         let outcome = outcome.unwrap_or(Outcome::CONTINUE);
         self.respond(notification, &outcome);
@@ -238,16 +240,21 @@ impl Interceptor {
     /// The socket that a call names as its first argument, if it is a TCP socket.
     fn tcp_socket(&mut self, notification: Notification) -> io::Result<Option<Call>> {
         let number = notification.args[0] as i32;
-        let thread = self.threads.again(notification.tid)?;
-        let socket = remote::take_descriptor(thread.descriptor(), number)?;
+        let tid = notification.tid;
+        let socket = match remote::take_descriptor(self.threads.unchecked(tid)?.descriptor(), number) {
+            Err(error) if error.raw_os_error() == Some(numbers::ESRCH) => {
+                remote::take_descriptor(self.threads.get(tid)?.descriptor(), number)?
+            }
+            taken => taken?,
+        };
         let family = match kso_sys::domain(socket.as_fd()) {
             Ok(numbers::AF_INET) => Family::V4,
             Ok(numbers::AF_INET6) => Family::V6,
             _ => return Ok(None),
         };
-        let is_tcp =
-            matches!(kso_sys::protocol(socket.as_fd())?, numbers::IPPROTO_TCP | numbers::IPPROTO_MPTCP);
-        Ok(is_tcp.then_some(Call { notification, number, socket, family }))
+        // Only TCP has a state; asking for it tells the protocol too.
+        let state = kso_sys::tcp_state(socket.as_fd()).ok();
+        Ok(state.map(|state| Call { notification, number, socket, family, state }))
     }
 
     /// Whether a socket is of another network than the sandbox's: it was swapped.
@@ -272,7 +279,7 @@ impl Interceptor {
         link: &mut dyn BrokerLink,
     ) -> io::Result<Outcome> {
         if self.pending.len() >= MAX_PENDING {
-            return Ok(Outcome::error(kso_wire::Errno::ENOBUFS));
+            return Ok(Outcome::error(Errno::ENOBUFS));
         }
         // What was read from memory came from this caller only if it waits still.
         if !self.listener.is_valid(call.notification.id) {
@@ -308,7 +315,7 @@ impl Interceptor {
     /// Remembers that a socket has several descriptors, if it could be swapped later.
     fn duplicate(&mut self, notification: Notification) -> io::Result<Outcome> {
         let number = notification.args[0] as i32;
-        let process = self.threads.again(notification.tid)?.process;
+        let process = self.threads.get(notification.tid)?.process;
         if self.epolls.contains(process, number) {
             self.epolls.changed(process);
         }
@@ -331,7 +338,7 @@ impl Interceptor {
     fn outsourceable(&mut self, notification: Notification) -> io::Result<Option<u64>> {
         let Some(call) = self.tcp_socket(notification)? else { return Ok(None) };
         let socket = call.socket.as_fd();
-        let fresh = !self.is_swapped(socket)? && kso_sys::tcp_state(socket)? == connect::CLOSED;
+        let fresh = call.state == connect::CLOSED && !self.is_swapped(socket)?;
         if fresh { kso_sys::cookie(socket).map(Some) } else { Ok(None) }
     }
 
@@ -346,7 +353,7 @@ impl Interceptor {
     }
 
     fn epoll_made(&mut self, notification: Notification) -> io::Result<Outcome> {
-        let process = self.threads.again(notification.tid)?.process;
+        let process = self.threads.get(notification.tid)?.process;
         self.epolls.changed(process);
         Ok(Outcome::CONTINUE)
     }

@@ -1,20 +1,22 @@
 //! Threads that called, and what is known of their processes.
 //!
-//! A thread is named by its number only while it lives, so every look-up asks its descriptor whether it still
-//! does: a number that was given to another thread since is opened anew. All tables have bounds; what falls
-//! out of one is looked up again.
+//! A thread is named by its number only while it lives, so a look-up asks its descriptor whether it still does, or
+//! the first thing that is done with the descriptor tells: a number that was given to another thread since is
+//! opened anew. All tables have bounds; what falls out of one is looked up again.
 
 use kso_sys::remote;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open, openat};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// So many threads are remembered, two descriptors each.
 const MAX_THREADS: usize = 64;
+/// So many files of a thread's `fdinfo` are kept open: opening one costs more than all else that is done with it.
+const MAX_INFOS: usize = 4;
 /// Threads that ended are looked for so long after one called.
 const SWEEP_AFTER: Duration = Duration::from_millis(100);
 /// So many processes are remembered.
@@ -28,6 +30,8 @@ pub struct Thread {
     descriptor: OwnedFd,
     /// `/proc/TID/fdinfo`.
     fdinfo: OwnedFd,
+    /// Files in it. Reading one again tells of what has the number by then (`seq_show` in fs/proc/fd.c).
+    infos: VecDeque<(i32, OwnedFd)>,
     used: u64,
 }
 
@@ -42,24 +46,36 @@ impl Thread {
             }
         };
         let fdinfo = directory(&format!("/proc/{tid}/fdinfo"))?;
-        Ok(Self { process, descriptor, fdinfo, used: 0 })
+        Ok(Self { process, descriptor, fdinfo, infos: VecDeque::new(), used: 0 })
     }
 
     /// The thread's descriptor (pidfd_open(2)).
     pub fn descriptor(&self) -> BorrowedFd<'_> {
-        use std::os::fd::AsFd;
         self.descriptor.as_fd()
     }
 
     /// Whether a descriptor of the thread closes on exec. `None`: it has no such descriptor.
-    pub fn closes_on_exec(&self, number: i32) -> Option<bool> {
-        let info = openat(&self.fdinfo, number.to_string(), READ, Mode::empty()).ok()?;
-        // The flags are in the second line: proc_pid_fdinfo(5).
+    pub fn closes_on_exec(&mut self, number: i32) -> Option<bool> {
         let mut bytes = [0; 64];
-        let length = rustix::io::read(&info, &mut bytes).ok()?;
+        let length = rustix::io::pread(self.info(number)?, &mut bytes, 0).ok()?;
+        // The flags are in the second line: proc_pid_fdinfo(5).
         let text = std::str::from_utf8(bytes.get(..length)?).ok()?;
         let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
         Some(u32::from_str_radix(flags.trim(), 8).ok()? & kso_sys::numbers::O_CLOEXEC != 0)
+    }
+
+    fn info(&mut self, number: i32) -> Option<BorrowedFd<'_>> {
+        let known = self.infos.iter().position(|(other, _)| *other == number);
+        let at = match known {
+            Some(at) => at,
+            None => {
+                let info = openat(&self.fdinfo, number.to_string(), READ, Mode::empty()).ok()?;
+                self.infos.truncate(MAX_INFOS - 1);
+                self.infos.push_front((number, info));
+                0
+            }
+        };
+        self.infos.get(at).map(|(_, info)| info.as_fd())
     }
 
     fn has_ended(&self) -> bool {
@@ -108,10 +124,21 @@ impl Threads {
     ///
     /// # Errors
     /// `ESRCH`: it is gone.
-    pub fn get(&mut self, tid: u32) -> io::Result<&Thread> {
-        self.clock += 1;
-        if self.known.get(&tid).is_none_or(Thread::has_ended) {
+    pub fn get(&mut self, tid: u32) -> io::Result<&mut Thread> {
+        if self.known.get(&tid).is_some_and(Thread::has_ended) {
             self.known.remove(&tid);
+        }
+        self.unchecked(tid)
+    }
+
+    /// The thread that had this number when it was first looked up, if it is remembered. What is done with its
+    /// descriptor fails with `ESRCH` if that has ended.
+    ///
+    /// # Errors
+    /// `ESRCH`: it is gone.
+    pub fn unchecked(&mut self, tid: u32) -> io::Result<&mut Thread> {
+        self.clock += 1;
+        if !self.known.contains_key(&tid) {
             self.forget_ended();
             if self.known.len() >= MAX_THREADS {
                 self.forget_oldest();
@@ -124,12 +151,12 @@ impl Threads {
         Ok(thread)
     }
 
-    /// The thread of this number, which [`Self::get`] found alive for the same call.
+    /// The thread of this number, which was looked up for the same call.
     ///
     /// # Errors
     /// `ENOENT`: it fell out of the table meanwhile.
-    pub fn again(&self, tid: u32) -> io::Result<&Thread> {
-        match self.known.get(&tid) {
+    pub fn again(&mut self, tid: u32) -> io::Result<&mut Thread> {
+        match self.known.get_mut(&tid) {
             Some(thread) => Ok(thread),
             None => Err(io::Error::from_raw_os_error(kso_sys::errno::to_raw(kso_wire::Errno::ENOENT))),
         }
