@@ -26,6 +26,7 @@ use kso_core::config::PublishLimits;
 use kso_core::event::{self, Kind};
 use kso_core::policy::Policy;
 use kso_provider::addresses::Addresses;
+use kso_provider::stock::Stock;
 use kso_provider::stream::Place;
 use kso_wire::{
     Answer, Caller, Hello, LoopbackMode, Protocol, Publication, Request, RequestId, Submitted, VERSION,
@@ -64,6 +65,7 @@ pub(crate) struct Shared {
     pub policy: Policy,
     limits: Option<PublishLimits>,
     pub addresses: Addresses,
+    pub stock: Stock,
     pub eyes: Eyes,
     pub track: Track,
     pub totals: Totals,
@@ -152,6 +154,7 @@ impl Broker {
                 policy,
                 limits: config.publish.clone(),
                 addresses,
+                stock: Stock::default(),
                 eyes: Eyes::new(config.trace, config.metrics.is_some(), token::CLIENT),
                 track: Track::default(),
                 totals: Totals::default(),

@@ -8,6 +8,7 @@ use crate::session::{MAX_RESERVED, Session};
 use crate::track::Tracked;
 use kso_core::event::{self, Kind};
 use kso_core::policy::{Reason, canonical};
+use kso_provider::stock::Stock;
 use kso_provider::stream::{self, Order, Place};
 use kso_wire::{
     Answer, Caller, Connect, Errno, Failure, Family, Listen, LoopbackMode, Protocol, Reply, RequestId,
@@ -89,7 +90,7 @@ pub(crate) fn connect(
     }
     let opened = match plan(session, shared, wanted) {
         Plan::Inside => return stay_inside(),
-        Plan::Own(target) => open(session, wanted, target).map_err(Refusal::Kernel),
+        Plan::Own(target) => open(session, &mut shared.stock, wanted, target).map_err(Refusal::Kernel),
         Plan::Outside { peer, host } => permitted(session, shared, wanted, host)
             .and_then(|()| open_outside(session, shared, caller, wanted, peer).map_err(Refusal::Kernel)),
     };
@@ -109,12 +110,12 @@ pub(crate) fn open_outside(
     {
         return opened;
     }
-    let socket = open(session, wanted, peer)?;
+    let socket = open(session, &mut shared.stock, wanted, peer)?;
     // Programs take host.kso.internal's IPv6 address first, and few services of a host listen on ::1.
     let instead = SocketAddr::new(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), peer.port());
     let gateway = session.tun.is_gateway(wanted.peer.ip());
     if gateway && peer.ip() == Ipv6Addr::LOCALHOST && stream::refused_already(&socket) {
-        return open(session, wanted, instead);
+        return open(session, stock, wanted, instead);
     }
     Ok(socket)
 }
@@ -135,7 +136,12 @@ pub(crate) fn permitted(
     Ok(())
 }
 
-pub(crate) fn open(session: &mut Session, wanted: &Connect, peer: SocketAddr) -> Result<OwnedFd, Errno> {
+pub(crate) fn open(
+    session: &mut Session,
+    stock: &mut Stock,
+    wanted: &Connect,
+    peer: SocketAddr,
+) -> Result<OwnedFd, Errno> {
     let order = Order {
         peer,
         family: wanted.family,
@@ -153,7 +159,7 @@ pub(crate) fn open(session: &mut Session, wanted: &Connect, peer: SocketAddr) ->
             return Ok(socket);
         }
     }
-    stream::connect(&order)
+    stock.connect(&order)
 }
 
 /// The reservation that stands for the address `local` inside.

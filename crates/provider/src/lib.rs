@@ -23,6 +23,7 @@ mod netlink;
 pub mod processes;
 pub mod relay;
 pub mod server;
+pub mod stock;
 pub mod stream;
 
 use kso_wire::{Errno, Family};

@@ -1,7 +1,7 @@
 //! Streams: outgoing connections and listeners.
 //!
 //! ```text
-//!   socket -- options -- [bind] -- lock to the peer -- connect (not waited for) --> handed out
+//!   socket -- lock to the peer -- options -- [bind] -- connect (not waited for) --> handed out
 //!   socket -- options -- bind --> reserved -- options -- lock -- listen --> handed out
 //! ```
 //!
@@ -70,12 +70,25 @@ fn unspecified(family: Family) -> IpAddr {
 /// What `socket`, `bind` or `connect` said at once. Later errors are the socket's own.
 pub fn connect(order: &Order<'_>) -> Result<OwnedFd, Errno> {
     let socket = fresh(order.family)?;
-    apply(&socket, order.options)?;
-    if let Some(port) = order.port {
-        bind_source(&socket, order.family, port)?;
-    }
-    start(&socket, order)?;
+    lock(&socket, order)?;
+    connect_locked(&socket, order)?;
     Ok(socket)
+}
+
+/// A socket for a program that can be connected to `peer` and to nothing else; it is non-blocking.
+pub(crate) fn locked(family: Family, peer: SocketAddr) -> Result<OwnedFd, Errno> {
+    let socket = fresh(family)?;
+    lock_to(&socket, peer)?;
+    Ok(socket)
+}
+
+/// Begins to connect a socket that is locked already, if it has to be.
+pub(crate) fn connect_locked(socket: &OwnedFd, order: &Order<'_>) -> Result<(), Errno> {
+    apply(socket, order.options)?;
+    if let Some(port) = order.port {
+        bind_source(socket, order.family, port)?;
+    }
+    start(socket, order.peer)
 }
 
 /// Begins to connect a socket that is there (a reserved one).
@@ -84,7 +97,8 @@ pub fn connect(order: &Order<'_>) -> Result<OwnedFd, Errno> {
 /// As [`connect`].
 pub fn connect_reserved(socket: &OwnedFd, order: &Order<'_>) -> Result<(), Errno> {
     apply(socket, order.options)?;
-    start(socket, order)
+    lock(socket, order)?;
+    start(socket, order.peer)
 }
 
 /// As [`connect`], on behalf of a kernel elsewhere. It sends at once what it is given: the program's own kernel gathered
@@ -101,15 +115,24 @@ pub fn connect_relayed(order: &Order<'_>) -> Result<OwnedFd, Errno> {
         sockopt::set_socket_reuseaddr(&socket, true).map_err(errno)?;
         rustix::net::bind(&socket, &SocketAddr::new(unspecified(order.family), port)).map_err(errno)?;
     }
-    start(&socket, order)?;
+    lock(&socket, order)?;
+    start(&socket, order.peer)?;
     Ok(socket)
 }
 
-fn start(socket: &OwnedFd, order: &Order<'_>) -> Result<(), Errno> {
-    if order.holder == Holder::Program {
-        lock::lock_to_peer(socket.as_fd(), order.peer).map_err(|error| kso_sys::errno::of(&error))?;
+fn lock(socket: &OwnedFd, order: &Order<'_>) -> Result<(), Errno> {
+    match order.holder {
+        Holder::Program => lock_to(socket, order.peer),
+        Holder::Outside => Ok(()),
     }
-    match rustix::net::connect(socket, &order.peer) {
+}
+
+fn lock_to(socket: &OwnedFd, peer: SocketAddr) -> Result<(), Errno> {
+    lock::lock_to_peer(socket.as_fd(), peer).map_err(|error| kso_sys::errno::of(&error))
+}
+
+fn start(socket: &OwnedFd, peer: SocketAddr) -> Result<(), Errno> {
+    match rustix::net::connect(socket, &peer) {
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(()),
         Err(error) => Err(errno(error)),
     }

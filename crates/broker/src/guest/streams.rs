@@ -253,7 +253,7 @@ impl Broker {
         }
         let own = session.listeners.known().iter().any(|one| one.outer == target);
         let socket = if own {
-            open(session, wanted, target)?
+            open(session, &mut shared.stock, wanted, target)?
         } else {
             open_outside(session, shared, caller, wanted, target)?
         };
