@@ -3,7 +3,7 @@
 use crate::broker::Broker;
 use crate::session::SessionId;
 use kso_wire::{Answer, BrokerLink, Caller, Request, RequestId, Submitted};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// One session over a broker in this process. Whoever polls [`BrokerLink::poll_fd`] calls
 /// [`Broker::run_ready`] when it is readable or [`Broker::next_deadline`] has come.
@@ -82,6 +82,10 @@ impl BrokerLink for Embedded {
 
     fn wants_program(&self) -> bool {
         self.broker.is_watched()
+    }
+
+    fn discard(&mut self, socket: OwnedFd) {
+        self.broker.discard(socket);
     }
 
     fn forget(&mut self, id: RequestId) {

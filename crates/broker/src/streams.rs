@@ -115,7 +115,7 @@ pub(crate) fn open_outside(
     let instead = SocketAddr::new(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), peer.port());
     let gateway = session.tun.is_gateway(wanted.peer.ip());
     if gateway && peer.ip() == Ipv6Addr::LOCALHOST && stream::refused_already(&socket) {
-        return open(session, stock, wanted, instead);
+        return open(session, &mut shared.stock, wanted, instead);
     }
     Ok(socket)
 }

@@ -10,6 +10,8 @@
 //!   none for a while -----------------> cleared
 //! ```
 //!
+//! It also closes the sockets of the program for which such were swapped in.
+//!
 //! A socket of a shelf was not asked for by anybody yet: whether a connection is permitted is decided before one
 //! is taken, each time. The caller never waits for the thread: it makes a socket itself when there is none.
 
@@ -36,6 +38,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const TICK: Duration = Duration::from_millis(1);
 /// A shelf that nobody took from for so long is cleared.
 const STALE: Duration = Duration::from_millis(500);
+/// So many sockets wait for the thread to close them.
+const CLOSING: usize = 32;
 /// Stack of the thread, bytes: it only makes system calls.
 const STACK: usize = 64 << 10;
 
@@ -62,7 +66,9 @@ impl Shelf {
 struct Shared {
     /// Held for moments only, without a system call.
     shelves: Mutex<Vec<Shelf>>,
-    /// The thread comes by itself.
+    /// What the thread is to close.
+    closing: Mutex<Vec<OwnedFd>>,
+    /// The thread comes by itself. Written under the lock of `closing`: nothing is left there when it sleeps.
     ticking: AtomicBool,
     ended: AtomicBool,
 }
@@ -89,6 +95,16 @@ impl Stock {
                 Ok(socket)
             }
             None => stream::connect(order),
+        }
+    }
+
+    /// Closes a socket: when the thread comes by, if it does so anyhow.
+    pub fn discard(&self, socket: OwnedFd) {
+        if let Ok(mut closing) = self.shared.closing.try_lock()
+            && self.shared.ticking.load(Ordering::Relaxed)
+            && closing.len() < CLOSING
+        {
+            closing.push(socket);
         }
     }
 
@@ -169,7 +185,7 @@ impl Shared {
     fn run(&self) {
         while !self.ended.load(Ordering::Acquire) {
             let look = self.look();
-            self.ticking.store(look.busy, Ordering::Relaxed);
+            self.close(look.busy);
             match look.wanted {
                 // Short of something, the thread waits too: whoever connects next tells of what.
                 Some((family, peer)) if self.fill(family, peer) => {}
@@ -178,6 +194,15 @@ impl Shared {
                 _ => std::thread::park(),
             }
         }
+    }
+
+    /// Closes what was left to the thread.
+    fn close(&self, ticking: bool) {
+        let mut closing = self.closing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ticking.store(ticking, Ordering::Relaxed);
+        let sockets = std::mem::take(&mut *closing);
+        drop(closing);
+        drop(sockets);
     }
 
     /// Clears what is stale, and tells what is to be done.

@@ -58,7 +58,3 @@ pub const SOCK_NONBLOCK: i32 = libc::SOCK_NONBLOCK;
 pub const AF_INET: i32 = libc::AF_INET;
 /// `AF_INET6`.
 pub const AF_INET6: i32 = libc::AF_INET6;
-/// `SOCK_STREAM`.
-pub const SOCK_STREAM: i32 = libc::SOCK_STREAM;
-/// `O_CLOEXEC`, as `/proc/PID/fdinfo` shows it.
-pub const O_CLOEXEC: u32 = libc::O_CLOEXEC as u32;

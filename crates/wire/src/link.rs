@@ -50,6 +50,11 @@ pub trait BrokerLink {
         true
     }
 
+    /// Closes a socket that nobody waits for: now, or elsewhere where that costs the caller less.
+    fn discard(&mut self, socket: OwnedFd) {
+        drop(socket);
+    }
+
     /// The answer to `id` is no longer wanted. If it was under way, what it opened is closed.
     fn forget(&mut self, id: RequestId);
 

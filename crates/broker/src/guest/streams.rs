@@ -235,7 +235,7 @@ impl Broker {
             if self.guests.can_join(id, other) {
                 return self.guests.join(id, other, port).ok_or(Refusal::Kernel(Errno::EADDRNOTAVAIL));
             }
-            return Ok(Opened::Socket(open(session, wanted, outer)?));
+            return Ok(Opened::Socket(open(session, &mut shared.stock, wanted, outer)?));
         }
         let target = match plan(session, shared, wanted) {
             // Its runner keeps what is its own; nothing here stands for it.

@@ -46,10 +46,13 @@ impl Interceptor {
         }
         let socket = call.socket.as_fd();
         let state = call.state;
-        let nonblocking = rustix::fs::fcntl_getfl(socket)?.contains(OFlags::NONBLOCK);
         let swapped = self.is_swapped(socket)?;
         if swapped {
-            if state == SYN_SENT && nonblocking && recall(&mut self.interrupted, &kso_sys::cookie(socket)?) {
+            if state == SYN_SENT
+                && !self.interrupted.is_empty()
+                && rustix::fs::fcntl_getfl(socket)?.contains(OFlags::NONBLOCK)
+                && recall(&mut self.interrupted, &kso_sys::cookie(socket)?)
+            {
                 return Ok(Outcome::error(Errno::EINPROGRESS));
             }
             // Under way or established: the kernel knows what to say. Otherwise it is a new attempt, for which
@@ -67,7 +70,7 @@ impl Interceptor {
         if options.get(OptionName::V6Only) == Some(1) && peer.ip().to_canonical().is_ipv4() {
             return Ok(Outcome::CONTINUE);
         }
-        let local = bound_address(socket)?;
+        let local = call.bound();
         let request = Request::Connect(Connect {
             peer,
             family: call.family,
@@ -75,7 +78,7 @@ impl Interceptor {
             options,
             origin: Origin::Intercepted,
         });
-        self.ask(call, Purpose::Connect { nonblocking }, request, link)
+        self.ask(call, Purpose::Connect, request, link)
     }
 
     /// The client kernel connects, if the socket is its own. One that was swapped for an earlier connection
@@ -107,22 +110,17 @@ impl Interceptor {
         !inside || self.config.publishing != Publishing::Nothing
     }
 
-    pub(super) fn connected(
-        &mut self,
-        call: &Call,
-        nonblocking: bool,
-        answer: Answer,
-    ) -> io::Result<Outcome> {
+    pub(super) fn connected(&mut self, call: &Call, answer: Answer) -> io::Result<Outcome> {
         match answer.result {
             Ok(Reply::Socket { .. }) => {}
             Ok(_) => return self.inside(call),
             Err(failure) => return Ok(Outcome::error(failure.errno)),
         }
         let Some(outer) = answer.descriptor else { return Ok(Outcome::error(Errno::EPROTO)) };
-        if !self.swap(call, outer.as_fd(), nonblocking)? {
+        let Some(nonblocking) = self.swap(call, outer.as_fd())? else {
             // Another thread closed it meanwhile.
             return Ok(Outcome::error(Errno::EBADF));
-        }
+        };
         if !nonblocking {
             return Ok(Outcome::CONTINUE);
         }

@@ -5,7 +5,7 @@
 //! listens, connects, or closes the socket; the last is seen without holding the socket open, because an epoll
 //! registration does not outlive its file.
 
-use super::connect::{CLOSED, bound_address};
+use super::connect::CLOSED;
 use super::{Call, Interceptor, MAX_LISTENERS, Outcome, Publishing, Purpose, Translation};
 use kso_sys::notify::{Notification, Response};
 use kso_sys::{MAX_ADDRESS, RawAddress, address_from_raw, local_address, remote};
@@ -13,7 +13,6 @@ use kso_wire::{
     Answer, BrokerLink, Caller, Errno, Family, Listen, LoopbackMode, Reply, Request, RequestId, Submitted,
 };
 use rustix::event::epoll;
-use rustix::fs::{OFlags, fcntl_getfl};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -85,7 +84,7 @@ impl Interceptor {
             (call.family, wanted),
             (Family::V4, SocketAddr::V4(_)) | (Family::V6, SocketAddr::V6(_))
         );
-        if !fits || !self.reserves(wanted) || bound_address(call.socket.as_fd())?.is_some() {
+        if !fits || !self.reserves(wanted) || call.bound().is_some() {
             return Ok(Outcome::CONTINUE);
         }
         self.release_closed(link);
@@ -149,7 +148,7 @@ impl Interceptor {
         if call.state != CLOSED || self.is_swapped(socket)? {
             return Ok(Outcome::CONTINUE);
         }
-        let inner = match (bound_address(socket)?, call.family) {
+        let inner = match (call.bound(), call.family) {
             (Some(address), _) => address,
             (None, Family::V4) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             (None, Family::V6) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
@@ -183,8 +182,7 @@ impl Interceptor {
             }
             self.translations.push_back(Translation { cookie, inner, outer: address });
         }
-        let nonblocking = fcntl_getfl(&call.socket)?.contains(OFlags::NONBLOCK);
-        if !self.swap(call, outer.as_fd(), nonblocking)? {
+        if self.swap(call, outer.as_fd())?.is_none() {
             // Another thread closed it meanwhile.
             return Ok(Outcome::error(Errno::EBADF));
         }
@@ -198,7 +196,7 @@ impl Interceptor {
         if !self.is_swapped(socket)? {
             return Ok(Outcome::CONTINUE);
         }
-        let RawAddress::Inet(outer) = local_address(socket)? else { return Ok(Outcome::CONTINUE) };
+        let outer = call.local;
         let inner = if call.state == LISTENING {
             let cookie = kso_sys::cookie(socket)?;
             self.translations.iter().find(|known| known.cookie == cookie).map(|known| known.inner)

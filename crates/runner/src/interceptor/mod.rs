@@ -31,7 +31,7 @@ pub use filter::rules;
 
 use kso_sys::notify::{Listener, Notification, Response};
 use kso_sys::options::Defaults;
-use kso_sys::{numbers, remote};
+use kso_sys::{RawAddress, numbers, remote};
 use kso_wire::{
     Answer, BrokerLink, Caller, Errno, Family, LoopbackMode, MAX_PENDING, Request, RequestId, SocketOptions,
     Submitted, TunAddresses,
@@ -103,13 +103,22 @@ struct Call {
     /// Our copy of its descriptor.
     socket: OwnedFd,
     family: Family,
+    /// Its address, all zero if it has none.
+    local: SocketAddr,
     /// The state that it had when the call was taken apart (`kso_sys::tcp_state`).
     state: u8,
 }
 
+impl Call {
+    /// The address the program bound, if it did.
+    fn bound(&self) -> Option<SocketAddr> {
+        (self.local.port() != 0 || !self.local.ip().is_unspecified()).then_some(self.local)
+    }
+}
+
 /// What a broker's answer is for.
 enum Purpose {
-    Connect { nonblocking: bool },
+    Connect,
     Listen { inner: SocketAddr },
     Reserve { wanted: SocketAddr },
 }
@@ -247,14 +256,12 @@ impl Interceptor {
             }
             taken => taken?,
         };
-        let family = match kso_sys::domain(socket.as_fd()) {
-            Ok(numbers::AF_INET) => Family::V4,
-            Ok(numbers::AF_INET6) => Family::V6,
-            _ => return Ok(None),
-        };
+        // An address tells the family too, bound or not.
+        let Ok(RawAddress::Inet(local)) = kso_sys::local_address(socket.as_fd()) else { return Ok(None) };
+        let family = if local.is_ipv4() { Family::V4 } else { Family::V6 };
         // Only TCP has a state; asking for it tells the protocol too.
         let state = kso_sys::tcp_state(socket.as_fd()).ok();
-        Ok(state.map(|state| Call { notification, number, socket, family, state }))
+        Ok(state.map(|state| Call { notification, number, socket, family, local, state }))
     }
 
     /// Whether a socket is of another network than the sandbox's: it was swapped.
@@ -291,7 +298,14 @@ impl Interceptor {
         self.next_request += 1;
         let id = RequestId::interceptor(self.next_request);
         Ok(match link.submit(id, &caller, request) {
-            Submitted::Done(answer) => self.conclude(&call, &purpose, answer),
+            Submitted::Done(answer) => {
+                let outcome = self.conclude(&call, &purpose, answer);
+                // A port that it holds inside must be free as soon as the program closes the socket.
+                if call.bound().is_none() {
+                    link.discard(call.socket);
+                }
+                outcome
+            }
             Submitted::Pending => {
                 self.pending.insert(id, Pending { call, purpose });
                 Outcome::Later
@@ -301,7 +315,7 @@ impl Interceptor {
 
     fn conclude(&mut self, call: &Call, purpose: &Purpose, answer: Answer) -> Outcome {
         let result = match purpose {
-            Purpose::Connect { nonblocking } => self.connected(call, *nonblocking, answer),
+            Purpose::Connect => self.connected(call, answer),
             Purpose::Listen { inner } => self.listening(call, *inner, answer),
             Purpose::Reserve { wanted } => self.reserved(call, *wanted, answer),
         };

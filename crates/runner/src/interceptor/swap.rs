@@ -9,12 +9,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 impl Interceptor {
-    /// Puts `outer` under every descriptor that the caller's process has of the call's socket, with the
-    /// socket's blocking mode, each descriptor's close-on-exec flag and its epoll registrations. Whether the
-    /// caller's own descriptor was still there.
-    pub(super) fn swap(&mut self, call: &Call, outer: BorrowedFd<'_>, nonblocking: bool) -> io::Result<bool> {
-        // A fresh socket has no other flag that can be set.
-        fcntl_setfl(outer, if nonblocking { OFlags::NONBLOCK } else { OFlags::empty() })?;
+    /// Puts `outer`, which is non-blocking, under every descriptor that the caller's process has of the call's
+    /// socket, with the socket's blocking mode, each descriptor's close-on-exec flag and its epoll registrations.
+    /// Whether the caller's socket is non-blocking; `None` if its own descriptor was not there any more.
+    pub(super) fn swap(&mut self, call: &Call, outer: BorrowedFd<'_>) -> io::Result<Option<bool>> {
         let tid = call.notification.tid;
         let process = self.threads.again(tid)?.process;
         let mut numbers = vec![call.number];
@@ -25,17 +23,27 @@ impl Interceptor {
         }
         let registrations = self.registrations(process, &numbers, call.socket.as_fd())?;
         let thread = self.threads.again(tid)?;
+        let mut mode = None;
         let mut swapped = false;
         for &number in &numbers {
             // A descriptor that was closed meanwhile must not come back.
-            let Some(close_on_exec) = thread.closes_on_exec(number) else { continue };
+            let Some(flags) = thread.flags(number) else { continue };
+            if mode.is_none() {
+                let nonblocking = flags.contains(OFlags::NONBLOCK);
+                if !nonblocking {
+                    // A fresh socket has no other flag that can be set.
+                    fcntl_setfl(outer, OFlags::empty())?;
+                }
+                mode = Some(nonblocking);
+            }
+            let close_on_exec = flags.contains(OFlags::CLOEXEC);
             self.listener.replace(call.notification.id, outer, number.unsigned_abs(), close_on_exec)?;
             swapped |= number == call.number;
         }
         for registration in registrations {
             self.carry(tid, registration, call.socket.as_fd(), outer);
         }
-        Ok(swapped)
+        Ok(mode.filter(|_| swapped))
     }
 
     fn carry(&mut self, tid: u32, registration: Registration, old: BorrowedFd<'_>, new: BorrowedFd<'_>) {

@@ -54,14 +54,15 @@ impl Thread {
         self.descriptor.as_fd()
     }
 
-    /// Whether a descriptor of the thread closes on exec. `None`: it has no such descriptor.
-    pub fn closes_on_exec(&mut self, number: i32) -> Option<bool> {
+    /// The flags of a descriptor of the thread: of its file, and whether it closes on exec. `None`: it has no such
+    /// descriptor.
+    pub fn flags(&mut self, number: i32) -> Option<OFlags> {
         let mut bytes = [0; 64];
         let length = rustix::io::pread(self.info(number)?, &mut bytes, 0).ok()?;
         // The flags are in the second line: proc_pid_fdinfo(5).
         let text = std::str::from_utf8(bytes.get(..length)?).ok()?;
         let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
-        Some(u32::from_str_radix(flags.trim(), 8).ok()? & kso_sys::numbers::O_CLOEXEC != 0)
+        Some(OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).ok()?))
     }
 
     fn info(&mut self, number: i32) -> Option<BorrowedFd<'_>> {
