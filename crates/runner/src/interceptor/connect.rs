@@ -124,11 +124,14 @@ impl Interceptor {
         if !nonblocking {
             return Ok(Outcome::CONTINUE);
         }
+        // The program may close it as soon as it is answered, and then it must be gone from its epoll instances.
+        drop(outer);
         let response = Response::Error(kso_sys::errno::to_raw(Errno::EINPROGRESS));
         if self.listener.respond(call.notification.id, response).is_err() {
             // Interrupted after the swap: the call will be made again, and must not hear EALREADY.
-            let cookie = kso_sys::cookie(outer.as_fd())?;
-            remember(&mut self.interrupted, cookie, MAX_INTERRUPTED);
+            let thread = self.threads.again(call.notification.tid)?;
+            let swapped = remote::take_descriptor(thread.descriptor(), call.number)?;
+            remember(&mut self.interrupted, kso_sys::cookie(swapped.as_fd())?, MAX_INTERRUPTED);
         }
         Ok(Outcome::Gone)
     }
