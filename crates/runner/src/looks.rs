@@ -75,7 +75,7 @@ fn flags(file: &OwnedFd) -> Option<bool> {
     // The flags are in the second line: proc_pid_fdinfo(5).
     let text = std::str::from_utf8(bytes.get(..length)?).ok()?;
     let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
-    Some(u32::from_str_radix(flags.trim(), 8).ok()? & kso_sys::numbers::O_CLOEXEC != 0)
+    Some(OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).ok()?).contains(OFlags::CLOEXEC))
 }
 
 #[cfg(test)]
