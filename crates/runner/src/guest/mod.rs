@@ -14,9 +14,9 @@
 //! ```
 //!
 //! All of it runs on one thread, which must be the process's first, and nothing in it waits: a call that does is held
-//! ([`held`]) while others are served. Helper threads begin connections ([`connector`] says why). Nothing is kept
-//! for a connection; what is remembered of some for a while has a bound ([`recent`], [`peers`]), and a vsock port tells
-//! the rest ([`ports`]).
+//! (`held`) while others are served. Helper threads begin connections (`connector` says why). Nothing is kept
+//! for a connection; what is remembered of some for a while has a bound (`recent`, `peers`), and a vsock port tells
+//! the rest (`ports`).
 //!
 //! CONTINUE is never what policy rests on: what a program reaches past the runner is a vsock stream to an address that the
 //! broker decides on all the same, or the TUN.

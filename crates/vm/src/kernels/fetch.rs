@@ -63,7 +63,7 @@ pub enum FetchError {
     Kernel(#[from] KernelError),
 }
 
-/// Fetches the newest kernel for virtual machines of a release of Debian: a version of [`VERSIONS`], a release's name,
+/// Fetches the newest kernel for virtual machines of a release of Debian: a version of `VERSIONS`, a release's name,
 /// or nothing for the release this system is. `progress` hears what is done.
 ///
 /// # Errors
