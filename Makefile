@@ -5,7 +5,7 @@ help:
 	@echo 'make build   the kso command, optimized: target/kso'
 	@echo 'make test    everything that CI checks: format, lints, licences, docs, unit and end-to-end tests (as root)'
 	@echo 'make test-all the same, and every suite in guests of three kernels (hours where they are emulated)'
-	@echo 'make demo    kso on real programs, in about a minute (as root)'
+	@echo 'make demo    kso on real programs, in about two minutes (as root)'
 	@echo 'make bench   the figures of docs/bench (as root)'
 	@echo 'make fuzz    each fuzz target for ten minutes (FUZZ_SECONDS=60 for one)'
 	@echo 'make fmt     format the code'
@@ -45,6 +45,7 @@ docs:
 
 demo: build
 	@scripts/install-deps demo
+	-@scripts/install-deps gvisor
 	@scripts/demo
 
 bench: build
