@@ -49,9 +49,10 @@ demo: build
 	@scripts/demo
 
 bench: build
-	@scripts/install-deps bench kernel:6.1
+	@scripts/install-deps bench kernel:6.1 virtiofsd
 	cargo run --release --locked -p kso-benches --bin kso-bench -- run
 	cargo run --release --locked -p kso-benches --bin kso-bench -- guest
+	cargo run --release --locked -p kso-benches --bin kso-bench -- files
 
 fuzz:
 	@scripts/install-deps build

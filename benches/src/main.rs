@@ -1,10 +1,11 @@
 //! Measures `kso run` against native loopback, pasta and slirp4netns, and `kso vm` against NICs in the same guest, in
 //! namespaces of its own.
 //!
-//! `kso-bench run` and `kso-bench guest` are the whole; `server` and `client` are the workloads that they start. It knows
+//! `kso-bench run`, `kso-bench guest` and `kso-bench files` are the whole; `server` and `client` are the workloads that they start. It knows
 //! kso only as a command, as its users do, and its launcher for a guest without kso.
 
 mod client;
+mod files;
 mod guest;
 mod measure;
 mod namespace;
@@ -36,6 +37,11 @@ enum Command {
     Run(run::Args),
     /// Measure microVMs, and write the data, the table and the plots
     Guest(guest::Args),
+    /// Measure a guest's files, and write the data, the table and the plot
+    Files(files::Args),
+    /// A workload on files
+    #[command(hide = true)]
+    Disk(files::work::Args),
     /// What runs in a measured guest
     #[command(hide = true)]
     Agent,
@@ -80,6 +86,8 @@ fn dispatch(command: &Command) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args),
         Command::Guest(args) => guest::run(args),
+        Command::Files(args) => files::run(args),
+        Command::Disk(args) => files::work::run(args),
         Command::Agent => guest::agent::run(),
         Command::Report { output, kso, date } => report::again(output, kso.as_deref(), date.clone()),
         Command::Server(args) => server::run(args),

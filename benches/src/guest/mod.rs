@@ -3,7 +3,7 @@
 pub mod agent;
 mod cost;
 pub mod machine;
-mod net;
+pub mod net;
 mod pair;
 mod report;
 mod rows;

@@ -39,9 +39,11 @@ struct Identity {
     keep_bits: bool,
 }
 
-/// Whether this thread may act as others.
+/// Whether this thread may act as others. In a user namespace of one user there are none, whatever the capabilities: there
+/// setgroups(2) is denied, too (user_namespaces(7)).
 pub(crate) fn privileged() -> bool {
-    rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(KEPT))
+    let denied = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny");
+    !denied && rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(KEPT))
 }
 
 impl Actor {
