@@ -194,7 +194,9 @@ impl<'a> Run<'a> {
         if !self.args.wants(rows::PAGE_CACHE) {
             return;
         }
-        if let Err(error) = place::page_cache(&self.outside, tools, kernel, self.args.quick, &mut self.samples) {
+        if let Err(error) =
+            place::page_cache(&self.outside, tools, kernel, self.args.quick, &mut self.samples)
+        {
             self.failures.push(format!("{}: {error:#}", rows::PAGE_CACHE));
         }
     }

@@ -238,7 +238,14 @@ pub fn page_cache(
     fs::create_dir(&directory)?;
     let size = mib.to_string();
     let path = directory.join("file").display().to_string();
-    command(&["dd", "if=/dev/urandom", &format!("of={path}"), "bs=1M", &format!("count={size}"), "status=none"])?;
+    command(&[
+        "dd",
+        "if=/dev/urandom",
+        &format!("of={path}"),
+        "bs=1M",
+        &format!("count={size}"),
+        "status=none",
+    ])?;
     command(&["sync", "-f", &path])?;
     let options = ["-m", "256", "-v", &format!("{}:/srv/shared:ro", directory.display())].map(str::to_owned);
     let mut guests = Vec::new();

@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> Result<()> {
         "read-random" => {
             forget(args.forget)?;
             read_random(directory, time)?
-        },
+        }
         "write-random" => write_random(directory, time)?,
         "stat" => stat(directory, time)?,
         "walk" => walk(directory, time, args.forget)?,

@@ -223,8 +223,13 @@ pub(crate) fn arguments(config: &MachineConfig, tsc_khz: Option<u64>) -> Vec<OsS
 
 /// The kernel's command line.
 fn command_line(config: &MachineConfig, tsc_khz: Option<u64>) -> String {
-    // panic=-1: a panic restarts at once, and QEMU ends instead (-no-reboot).
-    let mut words = vec!["console=ttyS0".to_owned(), "panic=-1".to_owned()];
+    // panic=-1: a panic restarts at once, and QEMU ends instead (-no-reboot). reboot=t: by a triple fault, not by a keyboard
+    // controller that is looked for. preempt=none: what reads from a stream does not interrupt the worker that fills it at
+    // each packet; eight streams are 2.5 times as fast. A kernel that has no such model says so and goes on. init_on_alloc=0:
+    // Debian's kernels clear what they allocate, each buffer of a device, too: a fifth of the time in which a stream is received.
+    let mut words = ["console=ttyS0", "panic=-1", "reboot=t", "preempt=none", "init_on_alloc=0"]
+        .map(str::to_owned)
+        .to_vec();
     if !config.talkative {
         words.push("quiet".to_owned());
     }
@@ -232,6 +237,8 @@ fn command_line(config: &MachineConfig, tsc_khz: Option<u64>) -> String {
         // A guest that calibrates by emulated timers often hangs there; one that doubts the counter later falls back
         // to ticks of 4 ms.
         words.push("tsc=reliable".to_owned());
+        // An emulated processor does not speculate, and what guards against it is emulated at its full price.
+        words.push("mitigations=off".to_owned());
         words.extend(tsc_khz.map(|khz| format!("tsc_early_khz={khz}")));
     }
     if config.kind == MachineKind::Q35 {
@@ -309,7 +316,7 @@ mod tests {
             "virtio-mmio.force-legacy=false",
             "-chardev socket,id=vsock,path=/tmp/a,,b -device vhost-user-vsock-device,chardev=vsock",
             "-device vhost-user-fs-device,chardev=fs0,num-request-queues=1,queue-size=1024,tag=root",
-            "quiet tsc=reliable tsc_early_khz=2600000 kso.test",
+            "quiet tsc=reliable mitigations=off tsc_early_khz=2600000 kso.test",
             "-initrd /i,cpio",
             "tag=root -device virtio-net-device",
         ] {
