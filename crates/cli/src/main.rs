@@ -22,6 +22,7 @@ Examples:
   kso run --allow '*.debian.org:443' -- bash     reach these names only
   kso vm -- curl https://example.org             the same in a microVM, on a kernel of its own
   kso ps                                         what runs, and its connections
+  kso doctor                                     what can run here, and what is missing
   kso trace                                      each connect, listen, accept, resolve and denial, live";
 
 #[derive(Subcommand)]
@@ -40,6 +41,8 @@ enum Command {
     Provide(commands::provide::ProvideArgs),
     /// List the kernels that guests can run, or fetch one
     Kernels(commands::kernels::KernelsArgs),
+    /// Say what can run on this machine, and what is missing
+    Doctor(commands::doctor::DoctorArgs),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Command::Trace(args) => commands::trace::run(args),
         Command::Provide(args) => commands::provide::run(&args),
         Command::Kernels(args) => commands::kernels::run(args),
+        Command::Doctor(args) => commands::doctor::run(&args),
     };
     result.unwrap_or_else(|error| {
         output::error(&error);

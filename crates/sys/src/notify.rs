@@ -316,6 +316,17 @@ pub fn install(rules: &[Rule]) -> io::Result<OwnedFd> {
         .or_else(|_| set(libc::SECCOMP_FILTER_FLAG_NEW_LISTENER))
 }
 
+/// Whether signals wait while a call is supervised (Linux 5.19). Flags are judged before the filter is read, and none
+/// is given (seccomp(2)).
+#[must_use]
+pub fn waits_killable() -> bool {
+    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | WAIT_KILLABLE_RECV;
+    let none = std::ptr::null::<libc::sock_fprog>();
+    // SAFETY: the kernel finds no program at the null pointer, and nothing happens.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, none) };
+    result < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 mod tests {

@@ -2,6 +2,7 @@
 
 pub mod broker;
 mod control;
+pub mod doctor;
 pub mod kernels;
 pub mod program;
 pub mod provide;
