@@ -25,6 +25,7 @@ use crate::{flows, publish, report, streams};
 use kso_core::config::PublishLimits;
 use kso_core::event::{self, Kind};
 use kso_core::policy::Policy;
+use kso_core::routes::Routes;
 use kso_provider::addresses::Addresses;
 use kso_provider::stock::Stock;
 use kso_provider::stream::Place;
@@ -139,7 +140,8 @@ impl Broker {
             Control::Run => u64::from(std::process::id()),
             Control::Broker | Control::Hidden => 1,
         };
-        let external = match config.routes.is_empty() {
+        // A kernel without a route is idle, and shown.
+        let external = match config.routes.is_empty() && config.kernels.kernels.is_empty() {
             true => None,
             false => Some(External::new(config.kernels.clone())?),
         };
@@ -214,6 +216,18 @@ impl Broker {
         match (&mut self.shared.external, self.sessions.get(&id.0)) {
             (Some(external), Some(session)) => external.open_session(session),
             _ => Ok(()),
+        }
+    }
+
+    /// Starts the external kernels of all routes before there are sessions, and waits for them once: a daemon's loop
+    /// may not wait for a kernel while it serves others.
+    ///
+    /// # Errors
+    /// [`BrokerError::External`]: a route rests on a kernel that does not start.
+    pub fn start_all_kernels(&mut self) -> Result<(), BrokerError> {
+        match &mut self.shared.external {
+            Some(external) => external.start(&Routes::new(self.config.routes.clone())),
+            None => Ok(()),
         }
     }
 
@@ -417,8 +431,13 @@ impl Broker {
                 self.read_ends();
                 let listeners =
                     self.sessions.values_mut().map(|session| session.listeners.live().len()).sum();
-                let snapshot =
-                    Snapshot { totals: &self.shared.totals, sessions: self.sessions.len(), listeners };
+                let kernels = self.shared.external.as_ref().map(|one| one.kernels().statuses());
+                let snapshot = Snapshot {
+                    totals: &self.shared.totals,
+                    sessions: self.sessions.len(),
+                    listeners,
+                    kernels: kernels.unwrap_or_default(),
+                };
                 if let Some(exporter) = &mut self.exporter {
                     exporter.ready(which, &snapshot);
                 }

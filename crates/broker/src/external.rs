@@ -14,7 +14,7 @@ use crate::config::BrokerError;
 use crate::session::{Session, SessionId};
 use kso_core::event::{self, Direction, Kind};
 use kso_core::kernels::Make;
-use kso_core::routes::{Asked, HOST};
+use kso_core::routes::{Asked, HOST, Routes};
 use kso_kernels::{Connecting, Event, Exchange, Happened, Kernels, KernelsConfig, Listening, outer_address};
 use kso_provider::alive::Watch;
 use kso_provider::stream::Place;
@@ -87,6 +87,8 @@ pub(crate) struct External {
     next_look: Instant,
     seed: u64,
     own_network: u64,
+    /// The kernels of the routes were started: what is down now comes back by itself.
+    started: bool,
     /// Answers that came late.
     pub completed: VecDeque<(SessionId, RequestId, Answer)>,
     /// Things to tell: session, who, what.
@@ -105,6 +107,7 @@ impl External {
             next_look: Instant::now(),
             own_network: own_network().map_err(kernel("cannot make a socket"))?,
             seed: u64::from(std::process::id()) | 1,
+            started: false,
             completed: VecDeque::new(),
             seen: VecDeque::new(),
         })
@@ -118,20 +121,29 @@ impl External {
         &self.kernels
     }
 
-    /// Starts what the routes of a session name, and makes the place of its stand-ins.
-    pub fn open_session(&mut self, session: &Session) -> Result<(), BrokerError> {
-        if session.routes.is_empty() {
-            return Ok(());
-        }
-        for name in session.routes.kernels() {
+    /// Starts what routes name, and waits for it.
+    pub fn start(&mut self, routes: &Routes) -> Result<(), BrokerError> {
+        for name in routes.kernels() {
             match self.kernels.start(name, START) {
                 Ok(()) => {}
                 // It may come later, and meanwhile there are others.
-                Err(error) if !session.routes.rest_on(name) => {
+                Err(error) if !routes.rest_on(name) => {
                     tracing::warn!(kernel = name, %error, "a kernel does not start: others take its place");
                 }
                 Err(error) => return Err(BrokerError::External { name: name.to_owned(), error }),
             }
+        }
+        self.started = true;
+        Ok(())
+    }
+
+    /// Starts what the routes of a session name, unless that was done, and makes the place of its stand-ins.
+    pub fn open_session(&mut self, session: &Session) -> Result<(), BrokerError> {
+        if session.routes.is_empty() {
+            return Ok(());
+        }
+        if !self.started {
+            self.start(&session.routes)?;
         }
         let exchange = Exchange::new()
             .map_err(BrokerError::kernel("sockets of another kernel need root on this one"))?;
@@ -411,6 +423,7 @@ impl External {
         let kernel = event.kernel.to_string();
         match event.what {
             Happened::Up(welcome) => {
+                tracing::info!(kernel, version = welcome.kernel, "a kernel is up");
                 self.tell_kernel(&kernel, "up", welcome.kernel);
                 let homeless: Vec<u64> = self
                     .listeners

@@ -5,6 +5,7 @@
 use crate::config::BrokerError;
 use crate::totals::Totals;
 use kso_core::config::MetricsAddress;
+use kso_kernels::Status;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -35,6 +36,8 @@ pub(crate) struct Snapshot<'a> {
     pub totals: &'a Totals,
     pub sessions: usize,
     pub listeners: usize,
+    /// External kernels, if there are any.
+    pub kernels: Vec<Status>,
 }
 
 type Labels = Vec<(&'static str, String)>;
@@ -86,10 +89,36 @@ impl Snapshot<'_> {
         };
         gauge("sessions", "Sessions now", self.sessions);
         gauge("listeners", "Published listeners now", self.listeners);
+        if !self.kernels.is_empty() {
+            self.add_kernels(&mut registry);
+        }
         let mut text = String::new();
         // Writing to a String cannot fail.
         let _ = encode(&mut text, &registry);
         text
+    }
+
+    fn add_kernels(&self, registry: &mut Registry) {
+        let labels =
+            |kernel: &Status| vec![("kernel", kernel.name.clone()), ("make", kernel.make.name().to_owned())];
+        let mut gauge = |name: &str, help: &str, value: fn(&Status) -> u64| {
+            let family = Family::<Labels, Gauge>::default();
+            for kernel in &self.kernels {
+                family.get_or_create(&labels(kernel)).set(i64::try_from(value(kernel)).unwrap_or(i64::MAX));
+            }
+            registry.register(name, help, family);
+        };
+        gauge("kernel_up", "Whether an external kernel serves now", |one| u64::from(one.state == "up"));
+        gauge("kernel_streams", "Connections on an external kernel now", |one| one.streams as u64);
+        gauge("kernel_listeners", "Listeners on an external kernel now", |one| one.listeners as u64);
+        gauge("kernel_uptime_seconds", "Seconds since it is up", |one| {
+            one.up_since.map_or(0, |since| since.elapsed().as_secs())
+        });
+        let family = Family::<Labels, Counter>::default();
+        for kernel in &self.kernels {
+            family.get_or_create(&labels(kernel)).inc_by(kernel.deaths);
+        }
+        registry.register("kernel_deaths", "How often an external kernel died", family);
     }
 }
 
@@ -246,12 +275,26 @@ fn answer(request: &[u8], snapshot: &Snapshot<'_>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kso_core::kernels::Make;
 
     #[test]
     fn the_text_has_every_number() {
         let mut totals = Totals { connects_ok: 3, connects_denied: 2, bytes_in: 77, ..Totals::default() };
         totals.resolved("NXDOMAIN");
-        let snapshot = Snapshot { totals: &totals, sessions: 1, listeners: 0 };
+        let kernel = Status {
+            name: "web".into(),
+            make: Make::Gvisor,
+            state: "up",
+            version: String::new(),
+            services: Vec::new(),
+            addresses: Vec::new(),
+            streams: 4,
+            listeners: 1,
+            up_since: Some(Instant::now()),
+            deaths: 2,
+            last_death: None,
+        };
+        let snapshot = Snapshot { totals: &totals, sessions: 1, listeners: 0, kernels: vec![kernel] };
         let text = String::from_utf8(answer(b"GET /metrics HTTP/1.1\r\n\r\n", &snapshot)).unwrap_or_default();
         for line in [
             "HTTP/1.1 200 OK",
@@ -260,6 +303,9 @@ mod tests {
             "kso_bytes_total{direction=\"in\"} 77",
             "kso_dns_queries_total{rcode=\"NXDOMAIN\"} 1",
             "kso_sessions 1",
+            "kso_kernel_up{kernel=\"web\",make=\"gvisor\"} 1",
+            "kso_kernel_streams{kernel=\"web\",make=\"gvisor\"} 4",
+            "kso_kernel_deaths_total{kernel=\"web\",make=\"gvisor\"} 2",
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }

@@ -39,7 +39,7 @@ enum Command {
     Trace(commands::trace::TraceArgs),
     /// Perform socket operations on this kernel for a broker on another
     Provide(commands::provide::ProvideArgs),
-    /// List the kernels that guests can run, or fetch one
+    /// List the kernels that guests can run and the external kernels of brokers, or fetch one
     Kernels(commands::kernels::KernelsArgs),
     /// Say what can run on this machine, and what is missing
     Doctor(commands::doctor::DoctorArgs),

@@ -30,12 +30,26 @@
 //!
 //! [guest.tiny]
 //! hybrid = "/run/tiny/v.sock"   # the vsock socket of a Firecracker
+//!
+//! [kernel.web]                  # an external kernel: see crate::kernels for all settings
+//! make = "gvisor"
+//! address = ["10.77.0.2/24"]
+//!
+//! [[route]]                     # which kernels serve what: see crate::routes; what no route fits is the host's
+//! services = ["tcp-listen"]
+//! ports = "80"
+//! strategy = "failover"         # or "fixed", "spread", "shuffle/60"
+//! kernels = ["web", "host"]
 //! ```
 //!
 //! Everything may be left out. What is not known is an error, and each error shows its place.
 
+mod external;
+
+use crate::kernels::{KernelError, KernelSpec, Settings};
 use crate::policy::{self, Policy, RuleError};
 use crate::publish::PublishError;
+use crate::routes::{Route, RouteError};
 use kso_wire::{LoopbackMode, Publication};
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
@@ -66,6 +80,27 @@ pub enum ConfigError {
         /// What is wrong with it.
         error: PublishError,
     },
+    /// An external kernel in it cannot be understood.
+    #[error("in the configuration: {0}")]
+    Kernel(#[from] KernelError),
+    /// A route in it cannot be read.
+    #[error("in the route of line {line} of the configuration: {error}")]
+    Route {
+        /// The line of its services, from 1.
+        line: usize,
+        /// What is wrong with it, as `--via` has it.
+        error: RouteError,
+    },
+    /// A part of a route has a mark that belongs between parts.
+    #[error(
+        "in the route of line {line} of the configuration: `{part}` is more than one part: write each by itself"
+    )]
+    RoutePart {
+        /// The line of its services, from 1.
+        line: usize,
+        /// Which.
+        part: String,
+    },
     /// A guest has no way in, or two.
     #[error(
         "guest {name} of the configuration needs one of these: vsock = \"PATH\" (a vhost-user device), hybrid = \"PATH\" (Firecracker's socket)"
@@ -93,6 +128,10 @@ pub struct Config {
     pub metrics: Option<MetricsAddress>,
     /// Guests that something else starts.
     pub guests: Vec<Guest>,
+    /// External kernels, besides the host's own.
+    pub kernels: Vec<KernelSpec>,
+    /// Which kernels serve what, for every session.
+    pub routes: Vec<Route>,
 }
 
 /// A guest that something else starts.
@@ -145,6 +184,7 @@ impl Config {
         let file: File = toml::from_str(text)?;
         let rules = rules(text, file.policy.allow, file.policy.deny)?;
         let guests = file.guest.into_iter().map(|(name, guest)| guest.check(text, name));
+        let (kernels, routes) = external::check(text, file.kernel, file.route)?;
         let config = Self {
             socket: file.socket,
             max_sessions: file.max_sessions,
@@ -153,6 +193,8 @@ impl Config {
             publish: file.publish,
             metrics: file.metrics.map(|metrics| metrics.listen),
             guests: guests.collect::<Result<_, _>>()?,
+            kernels,
+            routes,
         };
         config.policy().map_err(|error| ConfigError::Rule { line: 1, error })?;
         Ok(config)
@@ -200,6 +242,10 @@ struct File {
     metrics: Option<MetricsSection>,
     #[serde(default)]
     guest: BTreeMap<String, GuestSection>,
+    #[serde(default)]
+    kernel: BTreeMap<String, Settings>,
+    #[serde(default)]
+    route: Vec<external::RouteSection>,
 }
 
 #[derive(Deserialize)]
@@ -366,6 +412,8 @@ mod tests {
         assert_eq!(web.vsock, VsockSocket::VhostUser("/run/kso/web.vsock".into()));
         assert_eq!((web.publish[0].outer_port, web.rules.len(), web.shares.len()), (8080, 1, 1));
         assert_eq!(config.metrics, Some(MetricsAddress::Tcp("127.0.0.1:9464".parse().unwrap())));
+        assert_eq!((config.kernels.len(), config.kernels[0].name.as_str()), (1, "web"));
+        assert_eq!(config.routes, [Route::parse("tcp-listen:80=web,host").unwrap()]);
     }
 
     #[test]

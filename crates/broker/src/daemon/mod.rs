@@ -57,6 +57,7 @@ pub fn serve(config: ServeConfig) -> Result<(), BrokerError> {
     let signals = Signals::take(&[Signal::TERM.as_raw(), Signal::INT.as_raw()])
         .map_err(BrokerError::kernel("cannot take signals"))?;
     let mut broker = Broker::new(config.broker)?;
+    broker.start_all_kernels()?;
     let mut devices = Devices::new()?;
     let mut standing = Standing::default();
     for guest in &config.guests {

@@ -3,7 +3,7 @@
 use crate::output;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use kso_broker::{BrokerConfig, Control, ServeConfig, runtime_directory};
+use kso_broker::{BrokerConfig, Control, KernelsConfig, ServeConfig, runtime_directory};
 use kso_core::config::{Config, Guest, MetricsAddress, VsockSocket};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,7 +12,7 @@ const EXAMPLES: &str = "\
 Examples:
   kso broker                                    on broker.sock in the runtime directory
   kso broker --listen /run/kso/broker.sock --group kso --metrics 127.0.0.1:9464
-  kso broker --config kso.toml                  rules for all sessions, limits of publishing, guests
+  kso broker --config kso.toml                  rules for all sessions, limits of publishing, guests, kernels, routes
   kso broker --vsock-socket /run/kso/web.vsock  the device of a guest that something else starts
   kso run --broker /run/kso/broker.sock -- CMD  a session of it
 
@@ -32,7 +32,7 @@ pub struct BrokerArgs {
     #[arg(long, value_name = "PATH")]
     vsock_socket: Vec<PathBuf>,
 
-    /// Configuration (TOML): socket, rules, limits of publishing, metrics
+    /// Configuration (TOML): socket, rules, limits of publishing, metrics, guests, external kernels and routes
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -102,6 +102,8 @@ fn config(args: BrokerArgs) -> Result<ServeConfig> {
             max_sessions: max_sessions.unwrap_or(default.max_sessions),
             trace: args.trace,
             metrics,
+            kernels: KernelsConfig { kernels: file.kernels, program: None },
+            routes: file.routes,
             control: Control::Broker,
             ..default
         },

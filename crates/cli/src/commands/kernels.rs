@@ -1,23 +1,32 @@
-//! `kso kernels`: what guests can run.
+//! `kso kernels`: what guests can run, and the external kernels of running brokers.
+
+mod external;
 
 use crate::output;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
+use external::External;
 use kso_vm::Kernel;
 use kso_vm::kernels::{self, Origin};
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::time::SystemTime;
 
 const EXAMPLES: &str = "\
 Examples:
-  kso kernels                  what there is; * is what kso vm takes
+  kso kernels                  what guests can run (* is what kso vm takes), and the external kernels of running brokers
+  kso kernels --json | jq '.external[] | select(.state != \"up\")'
   kso kernels fetch            the kernel for virtual machines of this system's own Debian release
   kso kernels fetch 6.12       of another release: 5.10, 6.1, 6.12, 7.2, or bookworm, trixie, sid ...
   kso vm --kernel 6.12 -- CMD  run it
 
 Kernels are fetched by apt from the mirror in the system's own sources, its signatures are checked, and they are unpacked
-into $XDG_CACHE_HOME/kso/kernels (~/.cache/kso/kernels): nothing is installed, and no root is needed.";
+into $XDG_CACHE_HOME/kso/kernels (~/.cache/kso/kernels): nothing is installed, and no root is needed.
+
+External kernels perform sockets and files for programs of another (kso run --kernel, --via, [kernel.NAME] in kso.toml).
+States: idle (no route names it), starting, up, draining, down (it is started again), aside (it died too often).
+kso doctor says which makes can run here.";
 
 /// Options of `kso kernels`.
 #[derive(Args, Debug)]
@@ -52,8 +61,11 @@ pub fn run(args: KernelsArgs) -> Result<ExitCode> {
             let kernel = kernels::fetch(wanted.as_deref(), |what| eprintln!("kso: {what}"))?;
             format!("{}\n", kernel.release)
         }
-        None if args.json => json(&kernels::list())?,
-        None => table(&kernels::list()),
+        None if args.json => json(&kernels::list(), &external::all())?,
+        None => {
+            let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+            table(&kernels::list()) + &external::table(&external::all(), colour, SystemTime::now())
+        }
     };
     // A closed pipe is no error of ours.
     let _ = std::io::stdout().write_all(text.as_bytes());
@@ -74,7 +86,7 @@ fn table(kernels: &[Kernel]) -> String {
     text
 }
 
-fn json(kernels: &[Kernel]) -> Result<String> {
+fn json(kernels: &[Kernel], external: &[External]) -> Result<String> {
     let kernels: Vec<_> = kernels
         .iter()
         .enumerate()
@@ -88,6 +100,6 @@ fn json(kernels: &[Kernel]) -> Result<String> {
             })
         })
         .collect();
-    let text = serde_json::to_string_pretty(&serde_json::json!({ "kernels": kernels }));
+    let text = serde_json::to_string_pretty(&serde_json::json!({ "kernels": kernels, "external": external }));
     Ok(format!("{}\n", text.context("a path is not UTF-8")?))
 }

@@ -37,7 +37,7 @@ pub fn run(args: PsArgs) -> Result<ExitCode> {
         match control::ask_once::<Report>(&path, &Question::Ps) {
             Ok(Some(report)) => sessions.extend(report.sessions),
             Ok(None) => {}
-            Err(error) => tracing_error(&error),
+            Err(error) => crate::output::error(&error),
         }
     }
     if let Some(wanted) = &args.session {
@@ -51,10 +51,6 @@ pub fn run(args: PsArgs) -> Result<ExitCode> {
     // A closed pipe is no error of ours.
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(ExitCode::from(u8::from(args.session.is_some() && sessions.is_empty())))
-}
-
-fn tracing_error(error: &anyhow::Error) {
-    crate::output::error(error);
 }
 
 fn table(sessions: &[SessionReport], colour: bool) -> String {
@@ -105,11 +101,11 @@ fn line(connection: &ConnectionReport) -> String {
 }
 
 /// Names come from programs: nothing of them reaches the terminal but what is shown.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
-fn uptime(seconds: f64) -> String {
+pub fn uptime(seconds: f64) -> String {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     let seconds = seconds.max(0.0) as u64;
     match seconds {
