@@ -123,6 +123,26 @@ fn a_broker_has_the_kernels_and_routes_of_its_configuration() {
 }
 
 #[test]
+fn sessions_of_a_broker_take_turns() {
+    let world = World::new();
+    let _echo = world.echo(7000);
+    let (_provider, path) = provider(&world);
+    let socket = world.path("broker.sock");
+    let config = format!(
+        "socket = \"{socket}\"\n[kernel.p]\nmake = \"provider\"\npath = \"{path}\"\n\
+         [[route]]\nservices = [\"tcp-connect\"]\nports = \"7000\"\nstrategy = \"spread\"\nkernels = [\"p\", \"host\"]\n"
+    );
+    let config = world.file("kso.toml", config);
+    let mut broker = world.kso_command(["broker", "--config", &config]).spawn();
+    wait_until("the broker's socket", seconds(30), || fs::exists(&socket).unwrap_or(false));
+    let told: Vec<String> =
+        (0..4).map(|_| world.kso(&format!("--broker {socket}"), ask()).ok().text()).collect();
+    let by_host = told.iter().filter(|text| text.contains("told 10.77.0.1")).count();
+    assert_eq!(by_host, 2, "{told:?}");
+    assert!(broker.running(), "{}", broker.errors());
+}
+
+#[test]
 fn a_route_that_rests_on_a_kernel_that_is_not_there_is_told_at_the_start() {
     let world = World::new();
     let config = "[kernel.p]\nmake = \"provider\"\npath = \"/nonexistent/p.sock\"\n[[route]]\nservices = [\"tcp\"]\nkernels = [\"p\"]\n";

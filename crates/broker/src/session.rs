@@ -80,7 +80,7 @@ impl Session {
             loopback: hello.loopback,
             tun: hello.tun,
             policy: Policy::new(&hello.rules, hello.no_net, hello.loopback)?,
-            routes: Routes::new(routes.to_vec()),
+            routes: Routes::after(routes.to_vec(), id),
             names: NameMemory::new(MAX_NAMES),
             hosts_version: 0,
             hosts_looked: Instant::now(),

@@ -34,6 +34,8 @@ pub const HOST: &str = "host";
 pub const MAX_KERNEL_NAME: usize = 32;
 /// Most kernels of a route.
 pub const MAX_KERNELS: usize = 16;
+/// Of [`Routes::after`]: any number that all counts of kernels divide, so that no kernel has more turns than another.
+const MAX_TURNS: u64 = 720_720;
 /// How long a lot holds unless told.
 const SHUFFLE: Duration = Duration::from_secs(60);
 
@@ -132,6 +134,16 @@ impl Routes {
     pub fn new(routes: Vec<Route>) -> Self {
         let turns = vec![Turn::default(); routes.len()];
         Self { routes, turns }
+    }
+
+    /// As [`Self::new`], where others had their turns before: `spread` goes on from there. Sessions are many and short.
+    #[must_use]
+    pub fn after(routes: Vec<Route>, turns: u64) -> Self {
+        let mut new = Self::new(routes);
+        for turn in &mut new.turns {
+            turn.next = usize::try_from(turns % MAX_TURNS).unwrap_or_default();
+        }
+        new
     }
 
     /// Whether there are none: all is the host's.

@@ -76,6 +76,15 @@ fn strategies_choose() {
     assert_eq!(of("tcp=a,b", 1, &[]), ["a"]);
     assert_eq!(of("tcp=spread:a,b,c", 4, &["a", "b", "c"]), ["a", "b", "c", "a"]);
     assert_eq!(of("tcp=spread:a,b,c", 3, &["a", "c"]), ["a", "c", "a"]);
+    let first = |turns| {
+        let mut routes = Routes::after(vec![Route::parse("tcp=spread:a,b,c").unwrap()], turns);
+        routes.choose(&ask, now, 0, |_| true).unwrap().remove(0)
+    };
+    assert_eq!(
+        [first(0), first(1), first(5), first(720_721)],
+        ["a", "b", "c", "b"],
+        "sessions take turns, too"
+    );
     assert_eq!(of("tcp=shuffle/60:a,b", 3, &["a", "b"]), ["a", "a", "a"], "a lot holds");
     assert_eq!(of("tcp=a", 1, &[]), ["a"]);
     let mut routes = Routes::new(vec![Route::parse("tcp=shuffle/60:a,b").unwrap()]);
