@@ -38,6 +38,22 @@ fn the_doctor_tells_what_can_run_and_what_is_missing() {
     world.nothing_left();
 }
 
+#[test]
+fn kso_guest_says_what_it_lacks_where_there_is_no_broker() {
+    let world = World::new();
+    let out = world.kso_command(["guest", "--", "true"]).run().exits(125);
+    assert!(out.errors().contains("cannot reach the broker by vsock"), "{}", out.report());
+    let out = world.kso_command(["guest", "--user", "nobody-of-this-name", "--", "true"]).run().exits(125);
+    assert!(out.errors().contains("/etc/passwd"), "{}", out.report());
+    let kso = world.path("kso");
+    fs::copy(kso_binary(), &kso).expect("a copy that anybody can read");
+    let unprivileged = format!(
+        "cd /; exec setpriv --reuid=1000 --regid=1000 --clear-groups --inh-caps=-all {kso} guest -- true"
+    );
+    let out = world.native(sh(unprivileged)).exits(125);
+    assert!(out.errors().contains("root"), "{}", out.report());
+}
+
 /// A provider in the origin's namespace.
 fn provider(world: &World) -> (Running, String) {
     let path = world.path("provider.sock");

@@ -31,6 +31,8 @@ enum Command {
     Run(Box<commands::run::RunArgs>),
     /// Run a program in a microVM: a kernel of its own, and this host's sockets and files
     Vm(Box<commands::vm::VmArgs>),
+    /// Run a program in a guest that something else started, with the sockets of its host (inside that guest)
+    Guest(commands::guest::GuestArgs),
     /// Serve sessions of other processes on a unix socket
     Broker(commands::broker::BrokerArgs),
     /// List sessions with their listeners and connections
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => commands::run::run(&args),
         Command::Vm(args) => commands::vm::run(&args),
+        Command::Guest(args) => commands::guest::run(args),
         Command::Broker(args) => commands::broker::run(args),
         Command::Ps(args) => commands::ps::run(args),
         Command::Trace(args) => commands::trace::run(args),

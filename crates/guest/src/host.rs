@@ -10,9 +10,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked for.
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// The host answers within this time, also a busy one under emulation. The kernel's own is 2 s.
+const ANSWER: Duration = Duration::from_secs(20);
+
 /// Connects to a port of `kso_wire::guest::ports`.
 pub fn connect(port: u32) -> io::Result<OwnedFd> {
     let socket = vsock::socket()?;
+    vsock::set_connect_timeout(socket.as_fd(), ANSWER)?;
     vsock::connect(socket.as_fd(), vsock::Address { cid: vsock::CID_HOST, port })?;
     Ok(socket)
 }
@@ -22,7 +26,6 @@ pub fn connect_first(port: u32) -> io::Result<OwnedFd> {
     let until = Instant::now() + PATIENCE;
     loop {
         match connect(port) {
-            // ENODEV: no transport yet.
             Err(error) if error.raw_os_error() == Some(NO_DEVICE) && Instant::now() < until => {
                 std::thread::sleep(PAUSE);
             }
@@ -31,4 +34,5 @@ pub fn connect_first(port: u32) -> io::Result<OwnedFd> {
     }
 }
 
-const NO_DEVICE: i32 = rustix::io::Errno::NODEV.raw_os_error();
+/// `ENODEV`: the kernel has no vsock device.
+pub const NO_DEVICE: i32 = rustix::io::Errno::NODEV.raw_os_error();

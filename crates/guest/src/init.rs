@@ -206,8 +206,7 @@ fn runner(start: &Start, network: Network, notifier: Option<OwnedFd>) -> io::Res
     let streams = GuestStreams {
         notifier: notifier.ok_or(io::ErrorKind::NotFound)?,
         control: host::connect(ports::CONTROL)?,
-        tun: Tun::from_fd(network.tun)?,
-        packets: host::connect(ports::PACKETS)?,
+        packets: Some((Tun::from_fd(network.tun)?, host::connect(ports::PACKETS)?)),
     };
     let config = GuestConfig {
         tun: start.tun,
@@ -215,6 +214,7 @@ fn runner(start: &Start, network: Network, notifier: Option<OwnedFd>) -> io::Res
         publish: start.publish.clone(),
         inside: start.inside.clone(),
         defaults: network.defaults,
+        hybrid: false,
     };
     GuestRunner::new(streams, config)
 }

@@ -12,6 +12,8 @@
 //!                              loop: runner, streams, signals, children --> Ended --> restart, which ends the machine
 //! ```
 //!
+//! In a guest that is somebody else's, [`resident`] runs one program beside whatever else there is.
+//!
 //! It takes no decision of policy: everything here is as hostile to the outside as the guest's programs may make it.
 #![forbid(unsafe_code)]
 
@@ -21,6 +23,7 @@ mod init;
 mod job;
 mod machine;
 mod mounts;
+pub mod resident;
 mod streams;
 
 use std::panic;

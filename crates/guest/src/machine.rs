@@ -10,9 +10,9 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 
 /// The TUN's name.
-const TUN: &str = "kso0";
+pub const TUN: &str = "kso0";
 /// Its MTU: the largest datagram is one packet.
-const MTU: u32 = 65_535;
+pub const MTU: u32 = 65_535;
 
 /// Settings of the kernel, and why they are not what it has by itself. One that it lacks is left out.
 const SETTINGS: &[(&str, &str)] = &[
@@ -66,11 +66,14 @@ pub struct Network {
 pub fn network(start: &Start) -> Result<Network, String> {
     let tun = tun::create(TUN).map_err(|error| format!("cannot make the TUN: {error}"))?;
     tun::configure(TUN, &start.tun, MTU).map_err(|error| format!("cannot set up the network: {error}"))?;
-    let fresh = |family| {
-        socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(|error| format!("cannot make a socket: {error}"))
-    };
-    let (v4, v6) = (fresh(AddressFamily::INET)?, fresh(AddressFamily::INET6)?);
-    let defaults = [Defaults::of(v4.as_fd(), Family::V4), Defaults::of(v6.as_fd(), Family::V6)];
-    Ok(Network { tun, defaults })
+    Ok(Network { tun, defaults: defaults()? })
+}
+
+/// The options of fresh TCP sockets: IPv4, IPv6. A kernel without IPv6 has no programs that use it.
+pub fn defaults() -> Result<[Defaults; 2], String> {
+    let fresh = |family| socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    let v4 = fresh(AddressFamily::INET).map_err(|error| format!("cannot make a socket: {error}"))?;
+    let v6 = fresh(AddressFamily::INET6).or_else(|_| fresh(AddressFamily::INET));
+    let v6 = v6.map_err(|error| format!("cannot make a socket: {error}"))?;
+    Ok([Defaults::of(v4.as_fd(), Family::V4), Defaults::of(v6.as_fd(), Family::V6)])
 }

@@ -63,8 +63,10 @@ fn main() -> io::Result<()> {
         publish,
         inside: Vec::new(),
         defaults: [Defaults::of(v4.as_fd(), Family::V4), Defaults::of(v6.as_fd(), Family::V6)],
+        hybrid: false,
     };
-    let streams = GuestStreams { notifier, control, tun: tun::Tun::from_fd(device)?, packets };
+    let packets = Some((tun::Tun::from_fd(device)?, packets));
+    let streams = GuestStreams { notifier, control, packets };
     let mut runner = GuestRunner::new(streams, config)?;
     near.write_all(&[0])?;
     runner.run(child.pidfd.as_fd())?;

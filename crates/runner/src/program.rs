@@ -134,7 +134,7 @@ fn become_program(
         return NotStarted { reason: "there is no program to run".into(), status: 125 };
     };
     if let Err(error) = prepare() {
-        return failed("give the program its streams", error);
+        return failed("make the program's surroundings", error);
     }
     if let Err(error) = std::env::set_current_dir(&config.directory) {
         return failed(&format!("enter the working directory {}", config.directory.display()), error);

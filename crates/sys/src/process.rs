@@ -114,6 +114,27 @@ pub fn die_with_parent() -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// From now on processes below this one that lose their parents become its children (prctl(2),
+/// `PR_SET_CHILD_SUBREAPER`).
+///
+/// # Errors
+/// None known.
+pub fn adopt_orphans() -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1 as libc::c_ulong, 0, 0, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Gives this process, which has one thread, mounts of its own: a copy of those it had (mount_namespaces(7)).
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN`.
+pub fn own_mounts() -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Gives the calling thread a descriptor table of its own with nothing but the standard streams in it
 /// (close_range(2), `CLOSE_RANGE_UNSHARE`).
 ///

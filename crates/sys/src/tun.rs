@@ -54,6 +54,16 @@ pub fn create(name: &str) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Has a device that [`create`] made end with its last descriptor: for one in a namespace that lives on.
+///
+/// # Errors
+/// `EBADFD` or `ENOTTY` if it is not a TUN device's.
+pub fn temporary(tun: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the argument is a value; no memory is involved.
+    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETPERSIST as libc::Ioctl, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// A descriptor of a TUN device, non-blocking, and what may be done with it.
 #[derive(Debug)]
 pub struct Tun {

@@ -106,6 +106,8 @@ impl Broker {
     /// The control stream is over.
     pub(super) fn control_ended(&mut self, id: GuestId) {
         self.unlisten_all(id);
+        // Another may come, whose packets need another stream.
+        self.guests.order(Order::Restarted(id));
         if let Some(guest) = self.guests.all.get_mut(&id) {
             guest.control = None;
             guest.welcomed = false;

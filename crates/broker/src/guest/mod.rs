@@ -64,7 +64,7 @@ pub enum Order {
     Abandon(GuestId, StreamKey),
     /// Bytes wait on the guest's control stream.
     Flush(GuestId),
-    /// Not for the device: the guest is gone, and may come again. It needs another stream for its packets.
+    /// Not for the device: the guest, or its runner, is gone, and may come again. It needs another stream for its packets.
     Restarted(GuestId),
 }
 

@@ -3,6 +3,7 @@
 pub mod broker;
 mod control;
 pub mod doctor;
+pub mod guest;
 pub mod kernels;
 pub mod program;
 pub mod provide;

@@ -28,6 +28,14 @@ pub(super) struct Queue {
     waiting: VecDeque<Accepting>,
 }
 
+/// A connection whose peer is not known yet: two connections of a VMM have no order, and what the broker says of this one is
+/// on its way.
+#[derive(Debug)]
+pub(super) struct Unnamed {
+    notification: Notification,
+    socket: OwnedFd,
+}
+
 /// An `accept`.
 #[derive(Clone, Copy, Debug)]
 struct Accepting {
@@ -115,6 +123,13 @@ impl GuestRunner {
     }
 
     fn hand_over(&mut self, notification: Notification, port: u32, socket: OwnedFd, peer: Address) {
+        if peer.cid == vsock::CID_HOST
+            && self.peer_of(port, peer).is_none()
+            && self.unnamed.len() < MAX_PENDING
+        {
+            self.unnamed.insert((port, peer.port), Unnamed { notification, socket });
+            return self.look_soon();
+        }
         let result = self.write_peer(notification, port, peer).and_then(|()| {
             let flags = flags(notification);
             if flags & numbers::SOCK_NONBLOCK != 0 {
@@ -125,6 +140,26 @@ impl GuestRunner {
         if let Err(error) = result {
             // As TCP: the connection is lost with the call.
             self.respond(notification.id, Response::Error(errno::to_raw(errno::of(&error))));
+        }
+    }
+
+    /// The broker said whose a connection is.
+    pub(super) fn has_name(&mut self, port: u32, vmm_port: u32) {
+        if let Some(Unnamed { notification, socket }) = self.unnamed.remove(&(port, vmm_port)) {
+            self.hand_over(notification, port, socket, Address { cid: vsock::CID_HOST, port: vmm_port });
+        }
+    }
+
+    /// Lets go of connections whose callers are gone.
+    pub(super) fn look_unnamed(&mut self) {
+        let notifier = &self.notifier;
+        self.unnamed.retain(|_, one| notifier.is_valid(one.notification.id));
+    }
+
+    /// The broker is gone: it will not say whose they are.
+    pub(super) fn unnamed_lost(&mut self) {
+        for (_, one) in std::mem::take(&mut self.unnamed) {
+            self.respond(one.notification.id, Response::Error(errno::to_raw(Errno::ECONNABORTED)));
         }
     }
 
@@ -142,6 +177,12 @@ impl GuestRunner {
         let family = Port::of(port).family;
         if peer.cid == vsock::CID_LOCAL {
             return Some(Self::inside_name(family, Port::of(port), Port::of(peer.port)));
+        }
+        if peer.cid == vsock::CID_HOST {
+            if self.peers.of_port(peer.port).is_none() {
+                self.receive_control();
+            }
+            return self.peers.of_port(peer.port).map(|address| Self::present(family, address));
         }
         if self.peers.address(peer.cid).is_none() {
             // It is told before the connection comes.

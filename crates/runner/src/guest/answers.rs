@@ -6,7 +6,7 @@ use super::options::{value_answer, write_option};
 use super::{GuestRunner, Outcome};
 use crate::descriptors::Target;
 use kso_sys::errno;
-use kso_sys::vsock::Address;
+use kso_sys::vsock::{self, Address};
 use kso_wire::guest::{GuestReply, ToGuest};
 use kso_wire::{Errno, Failure, Family, OptionName};
 use std::io;
@@ -58,6 +58,10 @@ impl GuestRunner {
             ToGuest::Broken { stream, errno } => {
                 let peer = Address { cid: stream.peer_cid, port: stream.peer_port };
                 self.failures.add(stream.local_port, Some(peer), errno);
+            }
+            ToGuest::Named { stream, address } if stream.peer_cid == vsock::CID_HOST => {
+                self.peers.came_by(stream.peer_port, address);
+                self.has_name(stream.local_port, stream.peer_port);
             }
             ToGuest::Named { stream, address } => self.peers.named(stream.peer_cid, address.ip()),
             ToGuest::Answered { id, result } => self.answered(id, result),

@@ -97,8 +97,16 @@ impl GuestRunner {
         self.begin(target, family, peer, None, options, &route)
     }
 
-    /// Where a connection goes. What is the guest's own stays inside.
+    /// Where a connection goes. What is the guest's own stays inside; behind a VMM that carries CID 2 only everything
+    /// does: the TUN takes it out.
     fn route(&mut self, peer: SocketAddr) -> Route {
+        match self.route_of(peer) {
+            Route::Outside if self.config.hybrid => Route::Inside,
+            route => route,
+        }
+    }
+
+    fn route_of(&mut self, peer: SocketAddr) -> Route {
         let ip = peer.ip().to_canonical();
         if self.config.tun.is_gateway(ip) && peer.port() == NAME_SERVICE {
             // The gateway itself answers names, by the TUN.

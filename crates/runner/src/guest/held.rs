@@ -153,6 +153,7 @@ impl GuestRunner {
         for id in asked {
             self.answered(id, Err(kso_wire::Failure::kernel(Errno::ENETDOWN)));
         }
+        self.unnamed_lost();
         self.failures = Failures::default();
     }
 
@@ -175,8 +176,10 @@ impl GuestRunner {
         let mut budget = LOOKS;
         let mut quiet = self.look_connecting(now, &mut budget);
         quiet &= self.look_accepting(now, &mut budget);
+        self.look_unnamed();
         self.quiet = if quiet { self.quiet.saturating_add(1) } else { 0 };
-        if !(self.connecting.is_empty() && self.accepting.is_empty() && self.asked.is_empty()) {
+        let waits = self.connecting.len() + self.accepting.len() + self.asked.len() + self.unnamed.len();
+        if waits > 0 {
             let pause = if self.quiet > LAZY_AFTER { LAZY_EVERY } else { LOOK_EVERY };
             self.look_at = Some(now + pause);
         }

@@ -78,6 +78,9 @@ pub struct GuestConfig {
     pub inside: Vec<Network>,
     /// Options of fresh TCP sockets: IPv4, IPv6.
     pub defaults: [Defaults; 2],
+    /// The VMM's vsock device carries CID 2 only (Firecracker): connections go by the TUN, published listeners by
+    /// vsock.
+    pub hybrid: bool,
 }
 
 impl GuestConfig {
@@ -105,10 +108,9 @@ pub struct GuestStreams {
     pub notifier: OwnedFd,
     /// Connected to [`kso_wire::guest::ports::CONTROL`].
     pub control: OwnedFd,
-    /// The TUN, with virtio-net headers if it can.
-    pub tun: Tun,
-    /// Connected to [`kso_wire::guest::ports::PACKETS`].
-    pub packets: OwnedFd,
+    /// The TUN, with virtio-net headers if it can, and a stream that is connected to
+    /// [`kso_wire::guest::ports::PACKETS`]. Without them the guest has no datagrams, echo and names.
+    pub packets: Option<(Tun, OwnedFd)>,
 }
 
 /// What to do with a call now.
@@ -176,6 +178,9 @@ pub struct GuestRunner {
     connecting: HashMap<u32, Vec<held::Connecting>>,
     /// Calls that wait for a connection to accept, by their listener's vsock port.
     accepting: HashMap<u32, accept::Queue>,
+    /// Connections that were taken for a caller before the broker said whose they are, by the listener's vsock port and
+    /// the VMM's.
+    unnamed: HashMap<(u32, u32), accept::Unnamed>,
     /// Watches what held calls wait for.
     events: OwnedFd,
     /// When callers that wait are looked at next.
@@ -203,13 +208,14 @@ impl GuestRunner {
         let notifier = Listener::new(streams.notifier);
         notifier.synchronous_wake_up();
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let control = Control::open(streams.control, streams.tun.segments_datagrams())?;
+        let segments = streams.packets.as_ref().is_some_and(|(tun, _)| tun.segments_datagrams());
+        let control = Control::open(streams.control, segments)?;
         Ok(Self {
             notifier,
             publishing: GuestConfig::publishing(&config.publish, config.loopback),
             config,
             control,
-            packets: packets::Packets::new(streams.tun, streams.packets),
+            packets: packets::Packets::new(streams.packets),
             descriptors: Descriptors::default(),
             connector: connector::Connector::default(),
             ports: ports::Ports::default(),
@@ -226,6 +232,7 @@ impl GuestRunner {
             next_request: 0,
             connecting: HashMap::new(),
             accepting: HashMap::new(),
+            unnamed: HashMap::new(),
             events,
             look_at: None,
             sweep_at: None,

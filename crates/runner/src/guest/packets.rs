@@ -19,7 +19,8 @@ const TURN: usize = 64;
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Packets {
-    tun: Tun,
+    /// `None`: the guest has none.
+    tun: Option<Tun>,
     /// `None`: the outside is gone.
     stream: Option<OwnedFd>,
     /// Frames on their way out, from `sent` to `filled`.
@@ -31,26 +32,28 @@ pub(super) struct Packets {
 }
 
 impl Packets {
-    pub(super) fn new(tun: Tun, stream: OwnedFd) -> Self {
+    pub(super) fn new(both: Option<(Tun, OwnedFd)>) -> Self {
+        let (tun, stream) = both.unzip();
+        let size = if tun.is_some() { BATCH } else { 0 };
         Self {
             tun,
-            stream: Some(stream),
-            outgoing: vec![0; BATCH],
+            stream,
+            outgoing: vec![0; size],
             sent: 0,
             filled: 0,
             incoming: Frames::default(),
-            buffer: vec![0; BATCH],
+            buffer: vec![0; size],
         }
     }
 
     /// The TUN, and what to wait for on it.
-    pub(super) fn tun(&self) -> (BorrowedFd<'_>, PollFlags) {
+    pub(super) fn tun(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let wanted = if self.stream.is_some() && self.sent == self.filled {
             PollFlags::IN
         } else {
             PollFlags::empty()
         };
-        (self.tun.as_fd(), wanted)
+        self.tun.as_ref().map(|tun| (tun.as_fd(), wanted))
     }
 
     /// The stream, and what to wait for on it.
@@ -79,15 +82,16 @@ impl Packets {
 
     fn gather(&mut self) {
         (self.sent, self.filled) = (0, 0);
+        let Some(tun) = &self.tun else { return };
         // Without a header of the device's there is an empty one.
-        let header = if self.tun.has_vnet_header() { 0 } else { VNET_HEADER };
+        let header = if tun.has_vnet_header() { 0 } else { VNET_HEADER };
         for _ in 0..TURN {
             let Some(room) = self.outgoing.get_mut(self.filled..) else { return };
             if room.len() < HEADER + MAX_PACKET {
                 return;
             }
             let Some(packet) = room.get_mut(HEADER + header..) else { return };
-            let Ok(read) = rustix::io::read(&self.tun, packet) else { return };
+            let Ok(read) = rustix::io::read(tun, packet) else { return };
             if let Some(empty) = room.get_mut(HEADER..HEADER + header) {
                 empty.fill(0);
             }
@@ -114,13 +118,14 @@ impl Packets {
     }
 
     fn deliver(&mut self) {
-        let header = if self.tun.has_vnet_header() { 0 } else { VNET_HEADER };
+        let Some(tun) = &self.tun else { return };
+        let header = if tun.has_vnet_header() { 0 } else { VNET_HEADER };
         loop {
             match self.incoming.next_bytes() {
                 Ok(Some(frame)) => {
                     if let Some(packet) = frame.get(header..) {
                         // What the kernel does not take (a malformed packet, no memory) is lost, as on any network.
-                        let _ = rustix::io::write(&self.tun, packet);
+                        let _ = rustix::io::write(tun, packet);
                     }
                 }
                 Ok(None) => return,

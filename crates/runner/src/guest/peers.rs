@@ -1,8 +1,8 @@
-//! Which address a CID stands for.
+//! Which address a CID stands for; or a port, where the VMM gives out ports and every connection comes from CID 2.
 
 use kso_wire::guest::{FIRST_NAMED_CID, FIRST_PSEUDO_CID, LAST_PSEUDO_CID, address_of, cid_of};
 use std::collections::{HashMap, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// So many addresses that are no CIDs are remembered: what falls out is asked of the broker.
 const MAX_PEERS: usize = 4096;
@@ -14,6 +14,8 @@ pub struct Peers {
     by_address: HashMap<IpAddr, u32>,
     order: VecDeque<u32>,
     given: u32,
+    by_port: HashMap<u32, SocketAddr>,
+    ports: VecDeque<u32>,
 }
 
 impl Peers {
@@ -40,6 +42,23 @@ impl Peers {
     /// The address of a CID, if it is known here.
     pub fn address(&self, cid: u32) -> Option<IpAddr> {
         address_of(cid).map(IpAddr::V4).or_else(|| self.by_cid.get(&cid).copied())
+    }
+
+    /// The VMM gave out a port of CID 2 for a connection from an address.
+    pub fn came_by(&mut self, port: u32, address: SocketAddr) {
+        if self.by_port.insert(port, address).is_none() {
+            self.ports.push_back(port);
+        }
+        while self.ports.len() > MAX_PEERS {
+            if let Some(oldest) = self.ports.pop_front() {
+                self.by_port.remove(&oldest);
+            }
+        }
+    }
+
+    /// The address that a port of CID 2 stands for, if it is known here.
+    pub fn of_port(&self, port: u32) -> Option<SocketAddr> {
+        self.by_port.get(&port).copied()
     }
 
     fn remember(&mut self, cid: u32, address: IpAddr) {
@@ -87,5 +106,19 @@ mod tests {
         }
         assert!(peers.by_cid.len() <= MAX_PEERS && peers.by_address.len() <= MAX_PEERS);
         assert_eq!(peers.order.len(), peers.by_cid.len());
+    }
+
+    #[test]
+    fn a_port_of_the_vmm_has_the_address_that_was_told_last() {
+        let mut peers = Peers::default();
+        let address = |port| SocketAddr::from(([10, 0, 0, 1], port));
+        peers.came_by(1 << 30, address(1));
+        peers.came_by(1 << 30, address(2));
+        assert_eq!(peers.of_port(1 << 30), Some(address(2)));
+        for port in 0..2 * MAX_PEERS as u32 {
+            peers.came_by(port, address(3));
+        }
+        assert_eq!(peers.of_port(1 << 30), None);
+        assert!(peers.by_port.len() == MAX_PEERS && peers.ports.len() == MAX_PEERS);
     }
 }

@@ -89,13 +89,13 @@ impl GuestRunner {
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let events = self.events.as_fd();
         let calls = if self.supervising { self.notifier.as_fd() } else { events };
-        let awaited = !(self.asked.is_empty() && self.connecting.is_empty());
+        let awaited = !(self.asked.is_empty() && self.connecting.is_empty() && self.unnamed.is_empty());
         let mut by_control = PollFlags::empty();
         by_control.set(PollFlags::IN, awaited || self.rest_until.is_none());
         by_control.set(PollFlags::OUT, self.control.has_waiting());
         let (control, by_control) =
             self.control.descriptor().map_or((events, PollFlags::empty()), |control| (control, by_control));
-        let (tun, from_tun) = self.packets.tun();
+        let (tun, from_tun) = self.packets.tun().unwrap_or((events, PollFlags::empty()));
         let (stream, by_stream) = self.packets.stream().unwrap_or((events, PollFlags::empty()));
         let mut polled = [
             PollFd::from_borrowed_fd(calls, PollFlags::IN),

@@ -20,6 +20,8 @@ mod identity;
 pub(crate) mod init;
 mod mounts;
 
+pub use mounts::own_resolv_conf;
+
 use channel::{Channel, Message};
 use kso_sys::notify::Rule;
 use kso_sys::process::{self, Child, Ended, Signals};

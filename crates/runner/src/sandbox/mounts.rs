@@ -12,6 +12,17 @@ pub(super) fn make_private() -> io::Result<()> {
     Ok(mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?)
 }
 
+/// Gives this process, which has one thread, mounts of its own with this text as `/etc/resolv.conf`. What is mounted outside
+/// later is seen here, too, and not the other way.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN`.
+pub fn own_resolv_conf(text: &str) -> io::Result<()> {
+    kso_sys::process::own_mounts()?;
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
+    arrange(text, &[])
+}
+
 /// Puts `resolv_conf` over `/etc/resolv.conf` and hides the directories of `hidden` that exist.
 pub(super) fn arrange(resolv_conf: &str, hidden: &[PathBuf]) -> io::Result<()> {
     // Following the link first: what it points to may lie in a directory that is hidden.
