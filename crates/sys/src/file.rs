@@ -103,6 +103,13 @@ impl FileHandle {
         Ok(Self { kind: raw.header.handle_type, bytes })
     }
 
+    /// 64 bits that tell it from another: the same for the same inode in all lives of its file system, on every machine,
+    /// and never 0. (File systems put the inode's generation into their handles.)
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        digest(self.kind.to_le_bytes().iter().chain(&*self.bytes))
+    }
+
     /// Opens the inode. `mount` is open on anything of its file system, and not `O_PATH`. Needs
     /// `CAP_DAC_READ_SEARCH`.
     ///
@@ -127,6 +134,13 @@ impl FileHandle {
             if result < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(result)) }
         }
     }
+}
+
+/// FNV-1a, which will be the same in all versions, as a standard library's hasher need not be.
+fn digest<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
+    let sum = bytes
+        .fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    sum.max(1)
 }
 
 /// A lock of a range of a file. `kind` is `F_RDLCK`, `F_WRLCK` or `F_UNLCK`.
@@ -239,4 +253,35 @@ pub fn own_umask() -> io::Result<()> {
     // SAFETY: what this thread no longer shares is no memory.
     let result = unsafe { libc::unshare(libc::CLONE_FS) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_digest_never_changes() {
+        let handle = FileHandle { kind: 1, bytes: [1, 2, 3, 4, 5, 6, 7, 8].into() };
+        assert_eq!(handle.digest(), 0x16eb_1c14_fc16_607c);
+        assert_ne!(handle.digest(), FileHandle { kind: 2, ..handle }.digest());
+    }
+
+    #[test]
+    fn an_inode_has_one_digest_however_it_is_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let file = std::fs::File::create(&path).unwrap();
+        // Not every file system has handles.
+        let Ok(handle) = FileHandle::of(file.as_fd()) else { return };
+        std::fs::hard_link(&path, directory.path().join("link")).unwrap();
+        std::fs::rename(&path, directory.path().join("moved")).unwrap();
+        for name in ["link", "moved"] {
+            let again = std::fs::File::open(directory.path().join(name)).unwrap();
+            assert_eq!(FileHandle::of(again.as_fd()).unwrap().digest(), handle.digest());
+        }
+        let other = std::fs::File::create(&path).unwrap();
+        assert_ne!(FileHandle::of(other.as_fd()).unwrap().digest(), handle.digest());
+    }
 }
