@@ -8,7 +8,7 @@ use crate::handles::Handle;
 use crate::share::Region;
 use crate::slots::Slots;
 use kso_sys::file::FileHandle;
-use rustix::fs::{FileType, Mode, OFlags, Statx};
+use rustix::fs::{FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -54,6 +54,8 @@ pub(crate) struct Inode {
     pub key: Key,
     pub kind: FileType,
     pub region: Region,
+    /// Tells it from other inodes that had or will have its number; 0 where that cannot be told.
+    pub generation: u64,
     place: Place,
     /// POSIX locks were asked for: the client must tell each `close`.
     pub locked: AtomicBool,
@@ -165,6 +167,7 @@ impl Inodes {
         region: Region,
     ) -> Result<Arc<Inode>, Errno> {
         let key = Key::of(attributes);
+        let generation = generation(descriptor.as_fd(), attributes);
         let mut table = lock(&self.table);
         let held = if self.handles && table.descriptors >= self.budget {
             self.by_handle(&mut table, descriptor, key)?
@@ -198,6 +201,7 @@ impl Inodes {
                 key,
                 kind,
                 region,
+                generation,
                 place: held,
                 locked: AtomicBool::new(false),
                 kept: Mutex::new(None),
@@ -249,6 +253,20 @@ impl Inodes {
     /// How many there are.
     pub fn len(&self) -> usize {
         lock(&self.table).slots.len()
+    }
+}
+
+/// What the file system says of the inode's identity beyond its number, as 64 bits. It is asked once in a node's life: where
+/// only the time of birth can be had, that of overlayfs changes when a file is copied up.
+fn generation(descriptor: BorrowedFd<'_>, attributes: &Statx) -> u64 {
+    match FileHandle::of(descriptor) {
+        Ok(handle) => handle.digest(),
+        Err(_) if attributes.stx_mask & StatxFlags::BTIME.bits() != 0 => {
+            let time = attributes.stx_btime;
+            let seconds = time.tv_sec.cast_unsigned();
+            (seconds << 30 | u64::from(time.tv_nsec) & ((1 << 30) - 1)).max(1)
+        }
+        Err(_) => 0,
     }
 }
 

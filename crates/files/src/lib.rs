@@ -7,6 +7,8 @@
 //!                            Service: nodes, handles, locks of one share --- ops --> the host's files
 //! ```
 //!
+//! Instead of a `Worker` there can be an [`relay::Asker`], which has another kernel perform: there, [`stream::serve`] is the transport.
+//!
 //! Everything is reached by a descriptor of a node that was looked up, component by component, from the share's root: no path of
 //! the client's is ever resolved. The crate knows nothing of virtqueues, nor of policy.
 #![forbid(unsafe_code)]
@@ -14,20 +16,26 @@
 pub mod abi;
 mod actor;
 mod buffers;
+mod frames;
 mod handles;
+mod hello;
 mod inodes;
 mod locks;
 pub mod mount;
 mod ops;
 mod passthrough;
+mod performer;
+pub mod relay;
 mod request;
 mod service;
 mod share;
 mod slots;
+pub mod stream;
 mod worker;
 
 pub use buffers::Pieces;
 pub use locks::Completer;
+pub use performer::{Performer, Server};
 pub use request::{MAX_REQUEST, Name, Operation, Request};
 pub use service::{MAX_WRITE, Service, ShareError};
 pub use share::{Cache, Owner, Share, Submounts, View};

@@ -15,6 +15,7 @@ use crate::abi::FileLock;
 use crate::handles::Handle;
 use crate::inodes::{Inode, errno, lock};
 use crate::service::Service;
+use crate::worker::bare_reply;
 use kso_sys::file::RangeLock;
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
@@ -32,8 +33,24 @@ const RETRY: Duration = Duration::from_millis(10);
 
 /// Sends the replies of requests that had to wait.
 pub trait Completer: Send + Sync + std::fmt::Debug {
-    /// The request `unique` is answered: with an error of Linux's number, or 0.
-    fn complete(&self, unique: u64, error: i32);
+    /// The request whose outcome was `Outcome::Later(ticket)` is answered by these bytes, header and all. They may come
+    /// before the outcome did.
+    fn reply(&self, ticket: u64, reply: &[u8]);
+
+    /// The same with nothing but an error of Linux's number, or 0. The ticket is the request's `unique`.
+    fn complete(&self, unique: u64, error: i32) {
+        self.reply(unique, &bare_reply(unique, error));
+    }
+}
+
+/// Where nobody waits, or not yet.
+#[derive(Debug)]
+struct Nobody;
+
+impl Completer for Nobody {
+    fn reply(&self, ticket: u64, _: &[u8]) {
+        tracing::debug!(ticket, "nobody waits for a lock");
+    }
 }
 
 /// A lock that is asked for.
@@ -65,7 +82,7 @@ struct State {
 pub(crate) struct Locks {
     state: Mutex<State>,
     changed: Condvar,
-    completer: Arc<dyn Completer>,
+    completer: Mutex<Arc<dyn Completer>>,
 }
 
 /// The range of a request, whose end is part of it.
@@ -86,8 +103,24 @@ pub(crate) fn conflict(file: &OwnedFd, range: RangeLock) -> Result<Option<(Range
 }
 
 impl Locks {
-    pub fn new(completer: Arc<dyn Completer>) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), completer })
+    pub fn new(completer: Option<Arc<dyn Completer>>) -> Arc<Self> {
+        let completer = completer.unwrap_or_else(|| Arc::new(Nobody));
+        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), completer: Mutex::new(completer) })
+    }
+
+    /// From now on replies go there.
+    pub fn attach(&self, completer: Arc<dyn Completer>) {
+        *lock(&self.completer) = completer;
+    }
+
+    /// Nobody waits for replies any more.
+    pub fn detach(&self) {
+        self.attach(Arc::new(Nobody));
+    }
+
+    fn complete(&self, unique: u64, error: i32) {
+        let completer = lock(&self.completer).clone();
+        completer.complete(unique, error);
     }
 
     /// The descriptor by which an owner holds its locks of a file.
@@ -155,7 +188,7 @@ impl Locks {
         let wanted = state.waiting.swap_remove(at);
         drop(state);
         drop(wanted);
-        self.completer.complete(unique, Errno::INTR.raw_os_error());
+        self.complete(unique, Errno::INTR.raw_os_error());
     }
 
     /// The client is gone.
@@ -182,7 +215,7 @@ impl Locks {
         state.running = more;
         drop(state);
         for (unique, error) in done {
-            self.completer.complete(unique, error);
+            self.complete(unique, error);
         }
         more
     }

@@ -3,10 +3,14 @@
 //! For a directory of this host's own kernel a bind mount is the native way; this is for shares that something else performs,
 //! and it is how the service is tested without a guest.
 
+use crate::frames::MAX_FRAME;
+use crate::inodes::lock;
 use crate::locks::Completer;
 use crate::passthrough::Passthrough;
-use crate::service::{MAX_WRITE, Service, ShareError};
-use crate::worker::{Outcome, Worker, bare_reply};
+use crate::performer::{Performer, Server};
+use crate::relay::{Dial, Relay};
+use crate::service::{Service, ShareError};
+use crate::worker::{Outcome, bare_reply};
 use crate::{Pieces, Share};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -15,12 +19,13 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use vm_memory::VolatileSlice;
 
-/// Room for the headers of the longest request.
-const HEADERS: usize = 4096;
+/// How long a kernel elsewhere may take to answer the mount.
+const MOUNT_LIMIT: Duration = Duration::from_secs(90);
 
 /// How to mount.
 #[derive(Clone, Copy, Debug)]
@@ -29,13 +34,15 @@ pub struct MountOptions {
     pub threads: usize,
     /// Reads and writes go past the service where the kernel can do so (Linux 6.9, as root).
     pub passthrough: bool,
+    /// Nothing can be written, as of a share that is read-only. (Of a share elsewhere that is not told.)
+    pub read_only: bool,
     /// Set-user-id bits and device nodes mean nothing.
     pub no_privilege: bool,
 }
 
 impl Default for MountOptions {
     fn default() -> Self {
-        Self { threads: 2, passthrough: true, no_privilege: true }
+        Self { threads: 2, passthrough: true, read_only: false, no_privilege: true }
     }
 }
 
@@ -56,6 +63,9 @@ pub enum MountError {
         /// What the kernel says.
         source: io::Error,
     },
+    /// There is no file service elsewhere, or it does not do what is wanted.
+    #[error("the kernel that is to perform these files cannot be had: {0}")]
+    Unreachable(#[source] io::Error),
     /// A thread.
     #[error("cannot start a thread: {0}")]
     Thread(#[source] io::Error),
@@ -66,16 +76,48 @@ pub enum MountError {
 pub struct Mounted {
     target: PathBuf,
     threads: Vec<JoinHandle<()>>,
+    relay: Option<Arc<Relay>>,
 }
 
-/// Replies of locks that were waited for.
-#[derive(Debug)]
-struct Replies(OwnedFd);
+/// Replies that come late.
+#[derive(Debug, Default)]
+struct Replies {
+    /// A request is known by the one from which it was read only.
+    devices: Mutex<Vec<OwnedFd>>,
+}
+
+impl Replies {
+    fn add(&self, device: OwnedFd) {
+        lock(&self.devices).push(device);
+    }
+
+    fn write(&self, reply: &[u8]) -> Result<(), Errno> {
+        let devices = lock(&self.devices);
+        let mut result = Err(Errno::NOENT);
+        for device in devices.iter() {
+            result = rustix::io::write(device, reply).map(drop);
+            if result != Err(Errno::NOENT) {
+                break;
+            }
+        }
+        result
+    }
+}
 
 impl Completer for Replies {
-    fn complete(&self, unique: u64, error: i32) {
-        if let Err(error) = rustix::io::write(&self.0, &bare_reply(unique, error)) {
-            tracing::debug!(%error, "nobody waits for a lock any more");
+    fn reply(&self, ticket: u64, reply: &[u8]) {
+        match self.write(reply) {
+            Ok(()) => {}
+            Err(Errno::INVAL) => {
+                // The kernel takes no such answer, and somebody waits.
+                tracing::warn!(ticket, length = reply.len(), "a reply was refused");
+                let unique = reply
+                    .get(8..)
+                    .and_then(|rest| rest.first_chunk())
+                    .map_or(0, |own| u64::from_ne_bytes(*own));
+                let _ = self.write(&bare_reply(unique, Errno::IO.raw_os_error()));
+            }
+            Err(error) => tracing::debug!(%error, "nobody waits for a reply any more"),
         }
     }
 }
@@ -85,9 +127,38 @@ impl Completer for Replies {
 /// # Errors
 /// See [`MountError`].
 pub fn mount(share: Share, target: &Path, options: MountOptions) -> Result<Mounted, MountError> {
+    let replies = Arc::new(Replies::default());
+    let service = Service::open(share, Some(replies.clone()), options.passthrough)?;
+    let options = MountOptions { read_only: options.read_only || service.share.read_only, ..options };
+    serve_at(target, options, Performer::Local(service), &replies)
+}
+
+/// Mounts on `target` what another kernel performs. (Nothing then goes past that kernel: `options.passthrough` is ignored.)
+///
+/// # Errors
+/// See [`MountError`]. Without a performer nothing is mounted.
+pub fn mount_relayed(
+    dial: Arc<dyn Dial>,
+    target: &Path,
+    options: MountOptions,
+) -> Result<Mounted, MountError> {
+    let replies = Arc::new(Replies::default());
+    let relay = Relay::new(dial, replies.clone()).map_err(MountError::Thread)?;
+    relay.reach().map_err(MountError::Unreachable)?;
+    let options = MountOptions { passthrough: false, ..options };
+    let mounted = serve_at(target, options, Performer::Relayed(relay.clone()), &replies)?;
+    relay.mounted(MOUNT_LIMIT).map_err(MountError::Unreachable)?;
+    Ok(mounted)
+}
+
+fn serve_at(
+    target: &Path,
+    options: MountOptions,
+    performer: Performer,
+    replies: &Replies,
+) -> Result<Mounted, MountError> {
     let device = open_device().map_err(MountError::Device)?;
     let copy = || device.try_clone().map_err(MountError::Device);
-    let service = Service::with_passthrough(share, Arc::new(Replies(copy()?)), options.passthrough)?;
     let failed =
         |source: Errno| MountError::Mount { target: target.display().to_string(), source: source.into() };
     let data = format!(
@@ -98,16 +169,28 @@ pub fn mount(share: Share, target: &Path, options: MountOptions) -> Result<Mount
     );
     let mut flags = MountFlags::empty();
     flags.set(MountFlags::NOSUID | MountFlags::NODEV, options.no_privilege);
-    flags.set(MountFlags::RDONLY, service.share.read_only);
+    flags.set(MountFlags::RDONLY, options.read_only);
     let data = CString::new(data).map_err(|_| failed(Errno::INVAL))?;
+    replies.add(copy()?);
     rustix::mount::mount("kso", target, "fuse", flags, data.as_c_str()).map_err(failed)?;
-    let mut mounted = Mounted { target: target.to_owned(), threads: Vec::new() };
+    let relay = match &performer {
+        Performer::Local(_) => None,
+        Performer::Relayed(relay) => Some(relay.clone()),
+    };
+    let mut mounted = Mounted { target: target.to_owned(), threads: Vec::new(), relay };
     for index in 0..options.threads.max(1) {
-        let own = if index == 0 { copy()? } else { another(&device).map_err(MountError::Device)? };
+        // All replies of a relay come late: they need not be tried in several places.
+        let own = if index == 0 || mounted.relay.is_some() {
+            copy()?
+        } else {
+            let own = another(&device).map_err(MountError::Device)?;
+            replies.add(own.try_clone().map_err(MountError::Device)?);
+            own
+        };
         let control = copy()?;
-        let service = service.clone();
+        let performer = performer.clone();
         let thread = std::thread::Builder::new().name("kso-files".into()).spawn(move || {
-            if let Err(error) = serve(service, &own, control) {
+            if let Err(error) = serve(&performer, &own, control) {
                 tracing::error!(%error, "a mount is not served any more");
             }
         });
@@ -126,12 +209,13 @@ fn another(device: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(own)
 }
 
-fn serve(service: Arc<Service>, device: &OwnedFd, control: OwnedFd) -> io::Result<()> {
-    let passthrough = service.passes_backing();
-    let mut worker = Worker::new(service)?;
-    worker.passthrough = passthrough.then(|| Arc::new(Passthrough(control)));
-    let mut request = vec![0; MAX_WRITE as usize + HEADERS];
-    let mut reply = vec![0; MAX_WRITE as usize + HEADERS];
+fn serve(performer: &Performer, device: &OwnedFd, control: OwnedFd) -> io::Result<()> {
+    let mut server = performer.server()?;
+    if let (Performer::Local(service), Server::Local(worker)) = (performer, &mut server) {
+        worker.passthrough = service.passes_backing().then(|| Arc::new(Passthrough(control)));
+    }
+    let mut request = vec![0; MAX_FRAME];
+    let mut reply = vec![0; MAX_FRAME];
     loop {
         let length = match rustix::io::read(device, &mut request) {
             Ok(length) => length,
@@ -143,7 +227,7 @@ fn serve(service: Arc<Service>, device: &OwnedFd, control: OwnedFd) -> io::Resul
         };
         let readable = [VolatileSlice::from(request.get_mut(..length).unwrap_or_default())];
         let writable = [VolatileSlice::from(reply.as_mut_slice())];
-        let outcome = worker.serve(Pieces::new(&readable), Pieces::new(&writable));
+        let outcome = server.serve(Pieces::new(&readable), Pieces::new(&writable));
         if let Outcome::Reply(length) = outcome {
             match rustix::io::write(device, reply.get(..length).unwrap_or_default()) {
                 // Who asked was killed.
@@ -168,6 +252,9 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         if self.threads.is_empty() {
             return;
+        }
+        if let Some(relay) = &self.relay {
+            relay.close();
         }
         // Aborts what is still asked: a thread that waits for the last user would wait for ever.
         if let Err(error) = rustix::mount::unmount(&self.target, UnmountFlags::FORCE | UnmountFlags::DETACH) {

@@ -19,7 +19,8 @@ pub const MAX_WRITE: u32 = 1 << 20;
 /// Files that are read without having been opened keep at most so many descriptors.
 const MAX_IMPLICIT: usize = 1024;
 /// What is asked of statx(2).
-pub(crate) const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::MNT_ID);
+pub(crate) const WANTED: StatxFlags =
+    StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 /// Upper bits of an inode number that tell its device, if it is not the root's.
 const DEVICE_SHIFT: u32 = 48;
 
@@ -66,13 +67,21 @@ impl Service {
     /// # Errors
     /// See [`ShareError`].
     pub fn new(share: Share, completer: Arc<dyn Completer>) -> Result<Arc<Self>, ShareError> {
-        Self::with_passthrough(share, completer, false)
+        Self::open(share, Some(completer), false)
+    }
+
+    /// Opens the share for [`crate::stream::serve`], by which locks that were waited for are answered too.
+    ///
+    /// # Errors
+    /// See [`ShareError`].
+    pub fn detached(share: Share) -> Result<Arc<Self>, ShareError> {
+        Self::open(share, None, false)
     }
 
     /// With `passthrough` the transport is one by which reads and writes can pass the service by.
-    pub(crate) fn with_passthrough(
+    pub(crate) fn open(
         share: Share,
-        completer: Arc<dyn Completer>,
+        completer: Option<Arc<dyn Completer>>,
         passthrough: bool,
     ) -> Result<Arc<Self>, ShareError> {
         let path = share.directory.display().to_string();

@@ -64,6 +64,17 @@ impl<T> Slots<T> {
     pub fn len(&self) -> usize {
         self.count
     }
+
+    /// All, with their numbers.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut T)> {
+        self.slots.iter_mut().enumerate().filter_map(|(index, (used, slot))| {
+            Some(((u64::from(*used) << 32) | (index as u64 + 1), slot.as_mut()?))
+        })
+    }
+
+    pub fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.slots.iter_mut().filter_map(|(_, slot)| slot.as_mut())
+    }
 }
 
 #[cfg(test)]

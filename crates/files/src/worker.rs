@@ -22,7 +22,7 @@ pub enum Outcome {
     Reply(usize),
     /// There is none.
     Silent,
-    /// The reply comes later: it is a header with this `unique`, and an error or none, by [`crate::Completer`].
+    /// The reply comes later, by [`crate::Completer`], which names this ticket. A service's is the request's `unique`.
     Later(u64),
 }
 
@@ -207,7 +207,7 @@ impl Worker {
 }
 
 /// Writes a reply: the header and `bytes`. `written` more bytes are behind the header already.
-fn reply(writable: Pieces<'_>, unique: u64, error: i32, bytes: &[u8], written: usize) -> Outcome {
+pub(crate) fn reply(writable: Pieces<'_>, unique: u64, error: i32, bytes: &[u8], written: usize) -> Outcome {
     let mut length = abi::OUT_HEADER + bytes.len() + written;
     let room = writable.len();
     if room < abi::OUT_HEADER {

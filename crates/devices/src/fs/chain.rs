@@ -37,20 +37,14 @@ where
     Some(buffers)
 }
 
-/// Where a reply of a header goes: kept for one that comes late.
-pub(super) fn header_room<M>(chain: Chain<M>, length: usize) -> Vec<(GuestAddress, usize)>
+/// Where a reply goes: kept for one that comes late.
+pub(super) fn room<M>(chain: Chain<M>) -> Vec<(GuestAddress, usize)>
 where
     M: Deref<Target = Memory> + Clone,
 {
-    let mut rooms = Vec::new();
-    let mut left = length;
-    for descriptor in chain.writable() {
-        if left == 0 {
-            break;
-        }
-        let room = (descriptor.len() as usize).min(left);
-        rooms.push((GuestAddress(descriptor.addr().0), room));
-        left -= room;
-    }
-    rooms
+    chain
+        .writable()
+        .take(MAX_PIECES)
+        .map(|descriptor| (GuestAddress(descriptor.addr().0), descriptor.len() as usize))
+        .collect()
 }

@@ -1,7 +1,7 @@
-//! Replies that come late: of locks that were waited for.
+//! Replies that come late: of locks that were waited for, and all that another kernel gives.
 
 use crate::vhost::{Memory, Queue};
-use kso_files::{Completer, bare_reply};
+use kso_files::Completer;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{Bytes, GuestAddress};
@@ -18,7 +18,7 @@ pub(super) struct Parked {
 struct State {
     parked: HashMap<u64, Parked>,
     /// Completed before they were parked.
-    early: HashMap<u64, i32>,
+    early: HashMap<u64, Vec<u8>>,
 }
 
 /// Requests that wait for their reply.
@@ -37,15 +37,15 @@ impl Late {
     }
 
     /// A request waits from now on.
-    pub fn park(&self, unique: u64, parked: Parked) {
+    pub fn park(&self, ticket: u64, parked: Parked) {
         let mut state = self.state();
-        match state.early.remove(&unique) {
-            Some(error) => {
+        match state.early.remove(&ticket) {
+            Some(reply) => {
                 drop(state);
-                parked.reply(unique, error);
+                parked.reply(&reply);
             }
             None => {
-                state.parked.insert(unique, parked);
+                state.parked.insert(ticket, parked);
             }
         }
     }
@@ -57,24 +57,23 @@ impl Late {
 }
 
 impl Completer for Late {
-    fn complete(&self, unique: u64, error: i32) {
+    fn reply(&self, ticket: u64, reply: &[u8]) {
         let mut state = self.state();
-        match state.parked.remove(&unique) {
+        match state.parked.remove(&ticket) {
             Some(parked) => {
                 drop(state);
-                parked.reply(unique, error);
+                parked.reply(reply);
             }
             None => {
-                state.early.insert(unique, error);
+                state.early.insert(ticket, reply.to_vec());
             }
         }
     }
 }
 
 impl Parked {
-    fn reply(self, unique: u64, error: i32) {
-        let reply = bare_reply(unique, error);
-        let mut rest = reply.as_slice();
+    fn reply(self, reply: &[u8]) {
+        let mut rest = reply;
         for (address, room) in self.room {
             let (now, later) = rest.split_at(room.min(rest.len()));
             if self.memory.write_slice(now, address).is_err() {

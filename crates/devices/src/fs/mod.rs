@@ -1,10 +1,11 @@
-//! The file system device: virtiofs (virtio 1.2, 5.11) whose requests a [`kso_files::Service`] performs.
+//! The file system device: virtiofs (virtio 1.2, 5.11) whose requests a [`kso_files::Service`] performs, or another kernel.
 //!
 //! ```text
 //!   VMM == unix socket ==> the mount's thread: FrontEnd -- Started(i, Queue) --> a thread for each queue
 //!                                                                                 |  Ring: pop, push, signal
-//!                                                            kso_files::Worker <--+
+//!                                                            kso_files::Server <--+
 //!   locks that were waited for: a thread of the service's --> Late: push, signal
+//!   replies of another kernel: a thread of the relay's -----> Late
 //! ```
 //!
 //! Files may block, so none of this runs in the broker's loop. A mount's threads end when its VMM is gone and nobody else can
@@ -16,7 +17,8 @@ mod queue;
 mod spin;
 
 use crate::vhost::{Change, FrontEnd, Spec};
-use kso_files::{Service, Share, ShareError};
+use kso_files::relay::{Dial, Relay};
+use kso_files::{Performer, Service, Share, ShareError};
 use late::Late;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::io;
@@ -67,16 +69,30 @@ impl FsMount {
     /// # Errors
     /// See [`FsError`].
     pub fn serve(source: Source, tag: &str, share: Share) -> Result<Self, FsError> {
+        let late = Arc::new(Late::default());
+        let performer = Performer::Local(Service::new(share, late.clone())?);
+        Self::perform(source, tag, performer, late)
+    }
+
+    /// The same of a share that another kernel performs. It is dialled when the guest mounts.
+    ///
+    /// # Errors
+    /// See [`FsError`].
+    pub fn relay(source: Source, tag: &str, dial: Arc<dyn Dial>) -> Result<Self, FsError> {
+        let late = Arc::new(Late::default());
+        let performer = Performer::Relayed(Relay::new(dial, late.clone())?);
+        Self::perform(source, tag, performer, late)
+    }
+
+    fn perform(source: Source, tag: &str, performer: Performer, late: Arc<Late>) -> Result<Self, FsError> {
         if tag.len() > MAX_TAG {
             return Err(FsError::Tag(tag.to_owned()));
         }
-        let late = Arc::new(Late::default());
-        let service = Service::new(share, late.clone())?;
         let stop =
             Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?);
         let mount = Mount {
             spec: Spec { features: 0, queues: REQUEST_QUEUES + 1, config: Vec::new() },
-            service,
+            performer,
             late,
             stop: stop.clone(),
         };
@@ -109,7 +125,7 @@ fn wake(event: &OwnedFd) {
 
 struct Mount {
     spec: Spec,
-    service: Arc<Service>,
+    performer: Performer,
     late: Arc<Late>,
     stop: Arc<OwnedFd>,
 }
@@ -166,17 +182,21 @@ impl Mount {
                 }
             }
         }
+        if matches!(self.performer, Performer::Relayed(_)) {
+            // Threads that wait for another kernel wait no more.
+            self.performer.disconnect();
+        }
         self.apply(front.close(), &mut running);
         running.drain(..).for_each(Running::end);
+        self.performer.disconnect();
         self.late.clear();
-        self.service.disconnect();
     }
 
     fn apply(&self, changes: Vec<Change>, running: &mut Vec<Running>) {
         for change in changes {
             match change {
                 Change::Started(index, queue) => {
-                    match queue::start(index, queue, self.service.clone(), self.late.clone()) {
+                    match queue::start(index, queue, self.performer.clone(), self.late.clone()) {
                         Ok((stop, thread)) => running.push(Running { index, stop, thread }),
                         Err(error) => tracing::error!(%error, index, "a queue cannot be served"),
                     }

@@ -1,10 +1,10 @@
 //! The thread of a queue.
 
-use super::chain::{buffers, header_room};
+use super::chain::{buffers, room};
 use super::late::{Late, Parked};
 use super::spin::Spin;
 use crate::vhost::{Broken, Queue};
-use kso_files::{Outcome, Pieces, Service, Worker};
+use kso_files::{Outcome, Performer, Pieces, Server};
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,8 +14,6 @@ use std::time::Instant;
 
 /// The queue of what must not wait behind requests: `FORGET` and `INTERRUPT`.
 const HIGH_PRIORITY: usize = 0;
-/// Bytes of a reply's header.
-const HEADER: usize = 16;
 /// At most so many replies are pushed before the guest hears of them.
 const BATCH: usize = 16;
 
@@ -23,7 +21,7 @@ const BATCH: usize = 16;
 pub(super) fn start(
     index: usize,
     queue: Arc<Queue>,
-    service: Arc<Service>,
+    performer: Performer,
     late: Arc<Late>,
 ) -> io::Result<(Arc<OwnedFd>, JoinHandle<()>)> {
     let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
@@ -32,9 +30,9 @@ pub(super) fn start(
     let kicks = epoll::EventFlags::IN | epoll::EventFlags::ET;
     epoll::add(&events, queue.kick(), epoll::EventData::new_u64(1), kicks)?;
     let thread = std::thread::Builder::new().name(format!("fs-queue-{index}")).spawn(move || {
-        let served = Worker::new(service).map_err(Error::Identity).and_then(|worker| {
+        let served = performer.server().map_err(Error::Identity).and_then(|server| {
             let spin = (index != HIGH_PRIORITY).then(Spin::default);
-            Server { queue, late, worker, events, spin }.run()
+            Serving { queue, late, server, events, spin }.run()
         });
         if let Err(error) = served {
             tracing::error!(%error, index, "a queue of a file system is not served any more");
@@ -53,15 +51,15 @@ enum Error {
     Wait(#[source] io::Error),
 }
 
-struct Server {
+struct Serving {
     queue: Arc<Queue>,
     late: Arc<Late>,
-    worker: Worker,
+    server: Server,
     events: OwnedFd,
     spin: Option<Spin>,
 }
 
-impl Server {
+impl Serving {
     fn run(mut self) -> Result<(), Error> {
         loop {
             if !self.serve_all()? {
@@ -116,17 +114,17 @@ impl Server {
             let head = chain.head_index();
             let outcome = match buffers(chain.clone(), memory.as_ref()) {
                 Some(buffers) => {
-                    self.worker.serve(Pieces::new(&buffers.readable), Pieces::new(&buffers.writable))
+                    self.server.serve(Pieces::new(&buffers.readable), Pieces::new(&buffers.writable))
                 }
                 None => Outcome::Silent,
             };
             let written = match outcome {
                 Outcome::Reply(length) => length,
                 Outcome::Silent => 0,
-                Outcome::Later(unique) => {
-                    let room = header_room(chain, HEADER);
+                Outcome::Later(ticket) => {
+                    let room = room(chain);
                     let (queue, memory) = (self.queue.clone(), memory.clone());
-                    self.late.park(unique, Parked { queue, memory, head, room });
+                    self.late.park(ticket, Parked { queue, memory, head, room });
                     continue;
                 }
             };

@@ -54,7 +54,7 @@ impl Worker {
         let valid = inode.region.validity(self.service.share.cache);
         EntryOut {
             nodeid: inode.id,
-            generation: 0,
+            generation: inode.generation,
             entry_valid: valid.as_secs(),
             attr_valid: valid.as_secs(),
             entry_valid_nsec: valid.subsec_nanos(),

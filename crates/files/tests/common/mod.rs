@@ -9,36 +9,60 @@
 )]
 
 use kso_files::abi::{self, Features, InHeader, OutHeader};
-use kso_files::{Completer, Outcome, Pieces, Service, Share, Worker};
-use std::sync::{Arc, Mutex};
+use kso_files::relay::{Dial, Relay};
+use kso_files::{Completer, Outcome, Performer, Pieces, Server, Service, Share};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+pub mod performers;
+
 /// Late replies, for a test to look at.
 #[derive(Debug, Default)]
-pub struct Late(pub Mutex<Vec<(u64, i32)>>);
+pub struct Late {
+    replies: Mutex<Vec<(u64, Vec<u8>)>>,
+    changed: Condvar,
+}
 
 impl Completer for Late {
-    fn complete(&self, unique: u64, error: i32) {
-        self.0.lock().unwrap().push((unique, error));
+    fn reply(&self, ticket: u64, reply: &[u8]) {
+        self.replies.lock().unwrap().push((ticket, reply.to_vec()));
+        self.changed.notify_all();
     }
 }
 
 impl Late {
-    pub fn wait(&self, unique: u64) -> i32 {
-        for _ in 0..500 {
-            if let Some((_, error)) = self.0.lock().unwrap().iter().find(|late| late.0 == unique) {
-                return *error;
+    /// The reply of this ticket, if it has come.
+    pub fn get(&self, ticket: u64) -> Option<Vec<u8>> {
+        let mut replies = self.replies.lock().unwrap();
+        let at = replies.iter().position(|late| late.0 == ticket)?;
+        Some(replies.swap_remove(at).1)
+    }
+
+    /// The same, when it has come.
+    pub fn wait_reply(&self, ticket: u64) -> Vec<u8> {
+        let until = Instant::now() + Duration::from_secs(120);
+        while Instant::now() < until {
+            if let Some(reply) = self.get(ticket) {
+                return reply;
             }
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            let replies = self.replies.lock().unwrap();
+            drop(self.changed.wait_timeout(replies, Duration::from_millis(10)).unwrap());
         }
-        panic!("no reply for {unique}");
+        panic!("no reply for {ticket}");
+    }
+
+    /// The error in it, or 0.
+    pub fn wait(&self, ticket: u64) -> i32 {
+        let reply = self.wait_reply(ticket);
+        -OutHeader::read_from_prefix(&reply).unwrap().0.error
     }
 }
 
 pub struct Client {
-    pub service: Arc<Service>,
-    pub worker: Worker,
+    pub performer: Performer,
+    pub server: Server,
     pub late: Arc<Late>,
     pub unique: u64,
     pub user: (u32, u32),
@@ -66,9 +90,21 @@ impl Client {
 
     pub fn unmounted(share: Share) -> Self {
         let late = Arc::new(Late::default());
-        let service = Service::new(share, late.clone()).unwrap();
-        let worker = Worker::new(service.clone()).unwrap();
-        Client { service, worker, late, unique: 1, user: (0, 0) }
+        let performer = Performer::Local(Service::new(share, late.clone()).unwrap());
+        Self::of(performer, late)
+    }
+
+    fn of(performer: Performer, late: Arc<Late>) -> Self {
+        let server = performer.server().unwrap();
+        Client { performer, server, late, unique: 1, user: (0, 0) }
+    }
+
+    /// One whose requests others perform. It has mounted.
+    pub fn relayed(dial: Arc<dyn Dial>) -> Self {
+        let late = Arc::new(Late::default());
+        let mut client = Self::of(Performer::Relayed(Relay::new(dial, late.clone()).unwrap()), late);
+        client.init(offers()).unwrap();
+        client
     }
 
     pub fn init(&mut self, offered: u64) -> Reply {
@@ -87,7 +123,7 @@ impl Client {
         let outcome = {
             let (front, back) = reply.split_at_mut(room / 2);
             let writable = [VolatileSlice::from(front), VolatileSlice::from(back)];
-            self.worker.serve(Pieces::new(&readable), Pieces::new(&writable))
+            self.server.serve(Pieces::new(&readable), Pieces::new(&writable))
         };
         if let Outcome::Reply(length) = outcome {
             reply.truncate(length);
@@ -96,6 +132,30 @@ impl Client {
     }
 
     pub fn ask(&mut self, opcode: abi::Opcode, node: u64, body: &[u8]) -> Reply {
+        let (outcome, reply) = self.begin(opcode, node, body);
+        self.end(outcome, reply)
+    }
+
+    /// The answer, as soon as it is there.
+    pub fn end(&self, outcome: Outcome, reply: Vec<u8>) -> Reply {
+        let reply = match outcome {
+            Outcome::Reply(_) => reply,
+            Outcome::Later(ticket) => self.late.wait_reply(ticket),
+            Outcome::Silent => return Err(0),
+        };
+        let (header, data) = OutHeader::read_from_prefix(&reply).unwrap();
+        assert_eq!(header.len as usize, reply.len());
+        match header.error {
+            0 => Ok(data.to_vec()),
+            error => {
+                assert!(data.is_empty() && error < 0);
+                Err(-error)
+            }
+        }
+    }
+
+    /// Asks, and does not wait.
+    pub fn begin(&mut self, opcode: abi::Opcode, node: u64, body: &[u8]) -> (Outcome, Vec<u8>) {
         self.unique += 2;
         let header = InHeader {
             len: (abi::IN_HEADER + body.len()) as u32,
@@ -109,17 +169,7 @@ impl Client {
             padding: 0,
         };
         let mut request = [header.as_bytes(), body].concat();
-        let (outcome, reply) = self.raw(&mut request, 1 << 20);
-        let Outcome::Reply(length) = outcome else { return Err(0) };
-        let (header, data) = OutHeader::read_from_prefix(&reply).unwrap();
-        assert_eq!((header.len as usize, header.unique), (length, self.unique));
-        match header.error {
-            0 => Ok(data.to_vec()),
-            error => {
-                assert!(data.is_empty() && error < 0);
-                Err(-error)
-            }
-        }
+        self.raw(&mut request, (1 << 20) + 4096)
     }
 
     pub fn get<T: FromBytes>(&mut self, opcode: abi::Opcode, node: u64, body: &[u8]) -> Result<T, i32> {
