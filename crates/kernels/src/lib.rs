@@ -12,6 +12,7 @@
 //! This crate knows nothing of sessions or policy.
 #![forbid(unsafe_code)]
 
+mod carrier;
 mod exchange;
 mod gvisor;
 mod icmp;
@@ -21,6 +22,7 @@ mod network;
 mod session;
 mod worker;
 
+pub use carrier::Carrier;
 pub use exchange::{Exchange, Pending};
 pub use gvisor::find_runsc;
 pub use kernels::{Kernels, KernelsConfig, Status, outer_address, what_is_missing};

@@ -1,5 +1,6 @@
 //! How each make of kernel is started and stopped.
 
+use crate::carrier::Carrier;
 use crate::gvisor::Gvisor;
 use kso_core::kernels::{KernelSpec, Make};
 use kso_provider::relay::stream_pair;
@@ -66,8 +67,15 @@ pub(crate) enum Keep {
 }
 
 impl Keep {
-    /// Ends it, whatever state it is in.
-    pub fn end(self) {
+    /// What makes its streams, if no descriptor can be passed to it.
+    pub fn carrier(&mut self) -> Option<&mut dyn Carrier> {
+        match self {
+            Self::Nothing | Self::Gvisor(_) => None,
+        }
+    }
+
+    /// Ends it, whatever state it is in. `_in_order`: it did not fail, and may take leave.
+    pub fn end(self, _in_order: bool) {
         match self {
             Self::Nothing => {}
             Self::Gvisor(gvisor) => gvisor.end(),

@@ -7,6 +7,7 @@
 //!                   +-- it is closed --> gone, and the listener with it
 //! ```
 
+use crate::carrier::Carrier;
 use crate::exchange::{self, Exchange};
 use crate::worker::{Command, Connecting, Happened, Inbox, Listening, Outbox};
 use kso_provider::client::{Client, Fault};
@@ -16,6 +17,7 @@ use kso_wire::provide::{self, ListenerId, StreamId, ToBroker};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::Timespec;
 use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -31,6 +33,19 @@ const STREAM: u64 = 1;
 /// Numbers that are no connection's.
 const CONTROL: u64 = u64::MAX;
 const COMMANDS: u64 = u64::MAX - 1;
+const CARRIER: u64 = u64::MAX - 2;
+
+/// What ends a session.
+enum Failed {
+    Provider(Fault),
+    Carrier(String),
+}
+
+impl From<Fault> for Failed {
+    fn from(fault: Fault) -> Self {
+        Self::Provider(fault)
+    }
+}
 
 enum State {
     Connecting(Connecting),
@@ -67,6 +82,10 @@ pub(crate) struct Remains {
 pub(crate) struct Session<'a> {
     epoll: OwnedFd,
     client: Client,
+    /// Makes streams, where none can be passed.
+    carrier: Option<&'a mut dyn Carrier>,
+    /// What came before the kernel's tickets were known.
+    early: Vec<Command>,
     inbox: &'a Inbox,
     outbox: &'a Outbox,
     connections: HashMap<u64, Connection>,
@@ -81,6 +100,7 @@ pub(crate) struct Session<'a> {
 impl<'a> Session<'a> {
     pub fn new(
         control: OwnedFd,
+        carrier: Option<&'a mut dyn Carrier>,
         name: &str,
         patience: Duration,
         inbox: &'a Inbox,
@@ -91,9 +111,14 @@ impl<'a> Session<'a> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io)?;
         epoll::add(&epoll, client.poll_fd(), EventData::new_u64(CONTROL), EventFlags::IN).map_err(io)?;
         epoll::add(&epoll, inbox.wake(), EventData::new_u64(COMMANDS), EventFlags::IN).map_err(io)?;
+        for descriptor in carrier.iter().flat_map(|carrier| carrier.poll_fds()) {
+            epoll::add(&epoll, descriptor, EventData::new_u64(CARRIER), EventFlags::IN).map_err(io)?;
+        }
         Ok(Self {
             epoll,
             client,
+            carrier,
+            early: Vec::new(),
             inbox,
             outbox,
             connections: HashMap::new(),
@@ -112,10 +137,18 @@ impl<'a> Session<'a> {
             match self.turn() {
                 Ok(()) if self.told_to_end => break None,
                 Ok(()) => {}
-                Err(fault) => break Some(fault.to_string()),
+                Err(fault) => break Some(self.reason(&fault)),
             }
         };
-        let mut connecting = Vec::new();
+        let (mut connecting, mut listening) = (Vec::new(), Vec::new());
+        for command in self.early {
+            match command {
+                Command::Connect(spec) => connecting.push(spec),
+                Command::Listen(spec) => listening.push(spec),
+                Command::Unlisten(id) => listening.retain(|spec: &Listening| spec.id != id),
+                Command::Stop => {}
+            }
+        }
         for connection in self.connections.into_values() {
             match connection.state {
                 State::Connecting(spec) => connecting.push(spec),
@@ -128,13 +161,27 @@ impl<'a> Session<'a> {
                 }
             }
         }
-        let listening = self.listeners.into_values().map(|listener| listener.spec).collect();
+        listening.extend(self.listeners.into_values().map(|listener| listener.spec));
         Remains { reason, connecting, listening }
     }
 
-    fn turn(&mut self) -> Result<(), Fault> {
+    /// Why the kernel is dropped, as far as it is known.
+    fn reason(&mut self, fault: &Failed) -> String {
+        match fault {
+            Failed::Carrier(reason) => reason.clone(),
+            Failed::Provider(fault) => {
+                let gone = matches!(fault, Fault::Channel(_));
+                let more = self.carrier.as_mut().and_then(|carrier| carrier.explain(gone));
+                more.unwrap_or_else(|| fault.to_string())
+            }
+        }
+    }
+
+    fn turn(&mut self) -> Result<(), Failed> {
         let wait = if self.queue.is_empty() {
-            self.client.next_deadline().saturating_duration_since(Instant::now())
+            let carrier = self.carrier.as_ref().and_then(|carrier| carrier.next_deadline());
+            let deadline = self.client.next_deadline();
+            carrier.map_or(deadline, |at| at.min(deadline)).saturating_duration_since(Instant::now())
         } else {
             Duration::ZERO
         };
@@ -142,10 +189,17 @@ impl<'a> Session<'a> {
         let mut events = Vec::with_capacity(EVENTS);
         // EINTR: the next turn comes at once.
         let _ = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&wait));
+        if let Some(carrier) = &mut self.carrier
+            && (events.iter().any(|event| event.data.u64() == CARRIER)
+                || carrier.next_deadline().is_some_and(|at| at <= Instant::now()))
+        {
+            carrier.run_ready().map_err(Failed::Carrier)?;
+        }
         for event in events {
             match event.data.u64() {
                 CONTROL => self.listen_to_provider()?,
                 COMMANDS => self.obey()?,
+                CARRIER => {}
                 data => self.ready(data, event.flags),
             }
         }
@@ -164,23 +218,44 @@ impl<'a> Session<'a> {
     fn obey(&mut self) -> Result<(), Fault> {
         self.inbox.quiet();
         while let Some(command) = self.inbox.next() {
-            match command {
-                Command::Connect(spec) => self.connect(spec)?,
-                Command::Listen(spec) => self.listen(spec)?,
-                Command::Unlisten(id) => self.unlisten(id)?,
-                Command::Stop => self.told_to_end = true,
+            if self.carrier.is_some() && self.client.welcome().is_none() && !matches!(command, Command::Stop)
+            {
+                self.early.push(command);
+                continue;
             }
+            self.do_this(command)?;
         }
         Ok(())
     }
 
+    fn do_this(&mut self, command: Command) -> Result<(), Fault> {
+        match command {
+            Command::Connect(spec) => self.connect(spec)?,
+            Command::Listen(spec) => self.listen(spec)?,
+            Command::Unlisten(id) => self.unlisten(id)?,
+            Command::Stop => self.told_to_end = true,
+        }
+        Ok(())
+    }
+
+    /// A new stream: our end, and the other, unless that comes to the provider by itself.
+    fn stream(&mut self, id: u64) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
+        match &mut self.carrier {
+            None => relay::stream_pair().map(|(own, given)| (own, Some(given))),
+            Some(carrier) => {
+                let ticket = self.client.ticket(StreamId(id)).ok_or(io::ErrorKind::NotConnected)?;
+                Ok((carrier.open(ticket)?, None))
+            }
+        }
+    }
+
     fn connect(&mut self, spec: Connecting) -> Result<(), Fault> {
-        let Ok((own, given)) = relay::stream_pair() else {
+        let id = self.number();
+        let Ok((own, given)) = self.stream(id) else {
             spec.exchange.fail(&spec.pending, Errno::ENOBUFS);
             self.outbox.tell(Happened::Failed { tag: spec.tag, errno: Errno::ENOBUFS });
             return Ok(());
         };
-        let id = self.number();
         let peer = SocketAddr::new(spec.pending.peer.ip().to_canonical(), spec.pending.peer.port());
         let order = provide::Connect {
             stream: StreamId(id),
@@ -219,8 +294,9 @@ impl<'a> Session<'a> {
 
     fn offer(&mut self, id: u64) -> Result<(), Fault> {
         while self.listeners.get(&id).is_some_and(|listener| listener.offers.len() < OFFERS) {
-            let Ok((own, given)) = relay::stream_pair() else { return Ok(()) };
-            let stream = StreamId(self.number());
+            let number = self.number();
+            let Ok((own, given)) = self.stream(number) else { return Ok(()) };
+            let stream = StreamId(number);
             if let Some(listener) = self.listeners.get_mut(&id) {
                 listener.offers.insert(stream, own);
             }
@@ -229,10 +305,24 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// A stream that was offered did not reach the provider.
+    fn offer_another(&mut self, stream: StreamId) -> Result<(), Fault> {
+        let found = self.listeners.iter_mut().find_map(|(id, listener)| {
+            listener.offers.remove(&stream)?;
+            Some(*id)
+        });
+        found.map_or(Ok(()), |id| self.offer(id))
+    }
+
     fn listen_to_provider(&mut self) -> Result<(), Fault> {
         while let Some(message) = self.client.receive()? {
             match message {
-                ToBroker::Welcome(welcome) => self.outbox.tell(Happened::Up(welcome)),
+                ToBroker::Welcome(welcome) => {
+                    self.outbox.tell(Happened::Up(welcome));
+                    for command in std::mem::take(&mut self.early) {
+                        self.do_this(command)?;
+                    }
+                }
                 ToBroker::Connected { stream, local } => self.connected(stream.0, local),
                 ToBroker::Failed { stream, errno } => {
                     if let Some(Connection { state: State::Connecting(spec), tag, .. }) =
@@ -240,6 +330,8 @@ impl<'a> Session<'a> {
                     {
                         spec.exchange.fail(&spec.pending, errno);
                         self.outbox.tell(Happened::Failed { tag, errno });
+                    } else {
+                        self.offer_another(stream)?;
                     }
                 }
                 ToBroker::Listening { listener, local } => {

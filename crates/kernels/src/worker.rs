@@ -260,7 +260,7 @@ impl Worker {
 
     /// One life. False: it was told to end.
     fn live(&self, number: u64) -> bool {
-        let make::Started { control, keep } = match make::start(&self.spec, &self.program, number) {
+        let make::Started { control, mut keep } = match make::start(&self.spec, &self.program, number) {
             Ok(started) => started,
             Err(error) => {
                 self.down(error.to_string(), Vec::new(), Vec::new());
@@ -268,7 +268,8 @@ impl Worker {
             }
         };
         let name = format!("kso[{}]", std::process::id());
-        let session = Session::new(control, &name, self.spec.patience, &self.inbox, &self.outbox);
+        let session =
+            Session::new(control, keep.carrier(), &name, self.spec.patience, &self.inbox, &self.outbox);
         // What came while it was down is looked at first.
         self.inbox.wake.wake();
         let ended = match session {
@@ -283,7 +284,7 @@ impl Worker {
         if let Some((reason, connecting, listening)) = ended {
             self.down(reason, connecting, listening);
         }
-        keep.end();
+        keep.end(!died);
         died
     }
 

@@ -8,7 +8,7 @@ mod ledger;
 
 use crate::channel::{Channel, ChannelError};
 use kso_wire::provide::{
-    Connect, Listen, ListenerId, Offer, PROVIDE_VERSION, StreamId, ToBroker, ToProvider, Welcome,
+    Connect, Listen, ListenerId, Offer, PROVIDE_VERSION, StreamId, Ticket, ToBroker, ToProvider, Welcome,
 };
 pub use ledger::{Ledger, Lie};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -57,7 +57,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Greets the provider behind `socket`, a connected, non-blocking unix stream socket. If it is silent for `patience`, it
+    /// Greets the provider behind `socket`, a connected, non-blocking stream socket. If it is silent for `patience`, it
     /// counts as hung.
     ///
     /// # Errors
@@ -97,13 +97,19 @@ impl Client {
         self.ledger.load()
     }
 
-    /// Begins a connection.
+    /// The ticket of a stream that cannot be passed; `None` before welcome.
+    #[must_use]
+    pub fn ticket(&self, stream: StreamId) -> Option<Ticket> {
+        Some(Ticket { session: self.welcome()?.session, stream })
+    }
+
+    /// Begins a connection. Its stream is passed, or comes to the provider by itself, with its [`Self::ticket`].
     ///
     /// # Errors
     /// See [`Fault`].
-    pub fn connect(&mut self, order: Connect, stream: OwnedFd) -> Result<(), Fault> {
+    pub fn connect(&mut self, order: Connect, stream: impl Into<Option<OwnedFd>>) -> Result<(), Fault> {
         self.ledger.connect(order.stream);
-        self.send(&ToProvider::Connect(order), Some(stream))
+        self.send(&ToProvider::Connect(order), stream.into())
     }
 
     /// Makes it listen.
@@ -115,7 +121,8 @@ impl Client {
         self.send(&ToProvider::Listen(order), None)
     }
 
-    /// Gives it the stream of a connection to come.
+    /// Gives it the stream of a connection to come, as [`Self::connect`]. The provider may give it back
+    /// ([`ToBroker::Failed`]) if it did not arrive, or broke while it waited.
     ///
     /// # Errors
     /// See [`Fault`].
@@ -123,10 +130,10 @@ impl Client {
         &mut self,
         listener: ListenerId,
         stream: StreamId,
-        descriptor: OwnedFd,
+        descriptor: impl Into<Option<OwnedFd>>,
     ) -> Result<(), Fault> {
         self.ledger.offer(listener, stream);
-        self.send(&ToProvider::Offer(Offer { listener, stream }), Some(descriptor))
+        self.send(&ToProvider::Offer(Offer { listener, stream }), descriptor.into())
     }
 
     /// Closes a listener.

@@ -302,7 +302,13 @@ pub fn has_hung_up(stream: BorrowedFd<'_>) -> bool {
     let mut polled = [PollFd::from_borrowed_fd(stream, PollFlags::empty())];
     let ready = poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok();
     let [polled] = polled;
-    ready && polled.revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    if ready && polled.revents().intersects(PollFlags::HUP | PollFlags::ERR) {
+        return true;
+    }
+    // A reset AF_VSOCK stream merely looks shut down; but it takes nothing any more, not even nothing
+    // (vsock_connectible_sendmsg in net/vmw_vsock/af_vsock.c).
+    kso_sys::vsock::is_vsock(stream)
+        && send(stream, &[], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) == Err(rustix::io::Errno::PIPE)
 }
 
 /// Closes a connected TCP socket so that its peer sees a reset.

@@ -1,15 +1,21 @@
 //! A provider as a process: performs, on the kernel it runs on, what a broker on another one asks for.
 //!
 //! Each broker has a [`Session`] with a loop, a thread and limits of its own; what one of them sends harms no other.
-//! The messages are those of `kso_wire::provide`.
+//! The messages are those of `kso_wire::provide`. Where brokers connect to, a [`Door`] tells their control streams from
+//! streams that begin with tickets.
 
+mod door;
 mod listeners;
 mod session;
 mod streams;
+mod tickets;
 
+pub use door::Door;
 pub use session::{Fault, Session};
+pub use tickets::Unclaimed;
 
 use kso_wire::Errno;
+use kso_wire::provide::Ticket;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -38,6 +44,7 @@ pub struct Shared {
     /// Set when the process shall end: nothing new is taken.
     pub draining: Arc<AtomicBool>,
     sessions: Arc<AtomicUsize>,
+    tickets: Arc<tickets::Registry>,
     /// Addresses to tell, first those that connections come from; none: the kernel's own are told.
     pub addresses: Vec<IpAddr>,
 }
@@ -56,6 +63,15 @@ impl Shared {
         };
         self.sessions.fetch_sub(1, Ordering::Relaxed);
         result
+    }
+
+    /// Gives a stream that began with this ticket, which was read, to the session that it is of. That closes it if nobody
+    /// names it in time.
+    ///
+    /// # Errors
+    /// There is no such session, or too many wait.
+    pub fn claim(&self, ticket: Ticket, stream: OwnedFd) -> Result<(), Unclaimed> {
+        self.tickets.claim(ticket, stream)
     }
 
     /// Sessions now.

@@ -10,6 +10,7 @@
 //!     | <------------- Listening{listener} | NotListening  |
 //!     | -- Offer{listener, stream} + stream -------------> |   the streams of connections to come
 //!     | <----------------- Accepted{listener, stream, ..}  |   uses up an offer
+//!     | <------------------------------- Failed{stream}    |   one that did not arrive
 //!     | <-------------------------------- Ended{stream}    |   nothing of it is left
 //!     | -- Ping ---------------------------------> Pong    |
 //! ```
@@ -263,7 +264,7 @@ pub enum ToBroker {
         /// `getsockname`.
         local: SocketAddr,
     },
-    /// A connection failed; its stream is gone.
+    /// A connection failed; its stream is gone. Of a stream that was offered: it did not come, or broke.
     Failed {
         /// Which.
         stream: StreamId,

@@ -3,11 +3,11 @@
 use crate::output;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use kso_provider::server::{Limits, Shared};
+use kso_provider::server::{Door, Limits, Shared};
 use kso_sys::process::Signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -107,9 +107,16 @@ fn listen(path: &Path, shared: &Shared, limits: Limits) -> Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     tracing::info!(path = %path.display(), "provider ready");
+    let mut door = Door::new(shared.clone(), limits)?;
     loop {
-        let mut polled = [PollFd::new(&listener, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
-        match poll(&mut polled, None) {
+        let wait = door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        let wait = wait.and_then(|wait| Timespec::try_from(wait).ok());
+        let mut polled = [
+            PollFd::new(&listener, PollFlags::IN),
+            PollFd::new(&signals, PollFlags::IN),
+            PollFd::from_borrowed_fd(door.poll_fd(), PollFlags::IN),
+        ];
+        match poll(&mut polled, wait.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -117,8 +124,9 @@ fn listen(path: &Path, shared: &Shared, limits: Limits) -> Result<()> {
             break;
         }
         if let Ok((stream, _)) = listener.accept() {
-            serve(stream.into(), shared.clone(), limits);
+            door.admit(stream.into());
         }
+        door.run_ready();
     }
     let _ = std::fs::remove_file(path);
     shared.draining.store(true, Ordering::Relaxed);
@@ -131,15 +139,4 @@ fn listen(path: &Path, shared: &Shared, limits: Limits) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn serve(socket: OwnedFd, shared: Shared, limits: Limits) {
-    let started = std::thread::Builder::new().name("kso-provider".into()).spawn(move || {
-        if let Err(fault) = shared.serve(socket, limits) {
-            tracing::warn!(%fault, "a broker is dropped");
-        }
-    });
-    if let Err(error) = started {
-        tracing::warn!(%error, "a broker cannot be served");
-    }
 }

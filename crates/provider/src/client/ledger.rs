@@ -4,6 +4,7 @@
 //!   stream    connect --> asked -- Connected --> live -- Ended --> forgotten
 //!                           +-- Failed --> forgotten
 //!             offer --> offered -- Accepted --> live
+//!                           +-- Failed --> forgotten
 //!   listener  listen --> asked -- Listening --> listening -- unlisten --> closing -- Unlistened --> forgotten
 //!                           +-- NotListening, also later --> forgotten
 //! ```
@@ -118,6 +119,10 @@ impl Ledger {
             },
             ToBroker::Failed { stream, .. } => match self.streams.remove(&stream) {
                 Some(Stream::Asked) => Ok(()),
+                Some(Stream::Offered(_)) => {
+                    self.offered -= 1;
+                    Ok(())
+                }
                 _ => Err(Lie::Stream),
             },
             ToBroker::Ended { stream, .. } => match self.streams.remove(&stream) {

@@ -4,6 +4,7 @@
 //! the length that the program gave it.
 
 use super::session::{Fault, ToBrokerAccepted, token};
+use crate::relay;
 use crate::stream::{self, Holder, Place};
 use kso_wire::Errno;
 use kso_wire::provide::{Listen, ListenerId, MAX_OFFERS, StreamId};
@@ -62,6 +63,20 @@ impl Listeners {
         listener.offers.push_back((stream, descriptor));
         self.offered.insert(stream);
         Ok(())
+    }
+
+    /// Drops the streams that are the next to be used and are broken.
+    pub fn drop_broken(&mut self, id: ListenerId) -> Vec<StreamId> {
+        let mut broken = Vec::new();
+        let Some(listener) = self.all.get_mut(&id).filter(|listener| listener.ready) else { return broken };
+        while let Some((stream, descriptor)) = listener.offers.front()
+            && relay::has_hung_up(descriptor.as_fd())
+        {
+            self.offered.remove(stream);
+            broken.push(*stream);
+            listener.offers.pop_front();
+        }
+        broken
     }
 
     pub fn ready(&mut self, id: u64) {

@@ -8,10 +8,12 @@
 
 use super::listeners::Listeners;
 use super::streams::Streams;
+use super::tickets::{Meeting, Membership};
 use super::{Limits, Shared, portable};
 use crate::channel::{Channel, ChannelError};
 use kso_wire::provide::{
-    Offer, PROVIDE_VERSION, Question, Reply, Service, StreamId, ToBroker, ToProvider, Welcome,
+    Connect, ListenerId, Offer, PROVIDE_VERSION, Question, Reply, Service, StreamId, ToBroker, ToProvider,
+    Welcome,
 };
 use kso_wire::{Errno, Family};
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -32,6 +34,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 
 /// What an event is about: its upper bits; the rest is a number given by the broker.
 pub(super) mod token {
+    /// The control stream; or, with another number than 0, that streams came.
     pub const CONTROL: u64 = 0;
     pub const TCP: u64 = 1;
     pub const STREAM: u64 = 2;
@@ -80,6 +83,20 @@ impl From<rustix::io::Errno> for Fault {
     }
 }
 
+/// What a stream is for.
+#[derive(Debug)]
+enum Purpose {
+    Connect(Connect),
+    Offer(ListenerId),
+}
+
+/// Where no descriptor can be passed: the streams that begin with tickets.
+#[derive(Debug)]
+struct Tickets {
+    member: Membership,
+    meeting: Meeting<OwnedFd, Purpose>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Session {
@@ -87,6 +104,7 @@ pub struct Session {
     pub(super) channel: Channel,
     streams: Streams,
     listeners: Listeners,
+    tickets: Option<Tickets>,
     limits: Limits,
     shared: Shared,
     greeted: bool,
@@ -105,9 +123,18 @@ impl Session {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let channel = Channel::new(socket);
         epoll::add(&epoll, &channel, EventData::new_u64(token::CONTROL), EventFlags::IN)?;
+        let tickets = match channel.passes_descriptors() {
+            true => None,
+            false => Some(Tickets { member: shared.tickets.join()?, meeting: Meeting::new() }),
+        };
+        if let Some(tickets) = &tickets {
+            let data = EventData::new_u64(token::of(token::CONTROL, 1));
+            epoll::add(&epoll, tickets.member.wake(), data, EventFlags::IN)?;
+        }
         Ok(Self {
             epoll,
             channel,
+            tickets,
             streams: Streams::new(),
             listeners: Listeners::default(),
             limits,
@@ -149,7 +176,8 @@ impl Session {
         for event in events {
             let (kind, id) = token::parse(event.data.u64());
             match kind {
-                token::CONTROL => self.control()?,
+                token::CONTROL if id == 0 => self.control()?,
+                token::CONTROL => self.streams_came()?,
                 token::LISTENER => {
                     self.listeners.ready(id);
                     self.accept(id)?;
@@ -181,7 +209,70 @@ impl Session {
             self.listeners.clear();
             self.channel.send(&ToBroker::Draining, None)?;
         }
+        if let Some(tickets) = &mut self.tickets {
+            for (stream, _) in tickets.meeting.expire(Instant::now()) {
+                self.channel.send(&ToBroker::Failed { stream, errno: Errno::ETIMEDOUT }, None)?;
+            }
+        }
         Ok(())
+    }
+
+    /// Streams came that began with tickets.
+    fn streams_came(&mut self) -> Result<(), Fault> {
+        let Some(tickets) = &mut self.tickets else { return Ok(()) };
+        let now = Instant::now();
+        let mut joined = Vec::new();
+        for (id, stream) in tickets.member.arrived() {
+            if let Some((stream, purpose)) = tickets.meeting.came(id, stream, now) {
+                joined.push((id, stream, purpose));
+            }
+        }
+        joined.into_iter().try_for_each(|(id, stream, purpose)| self.begin(id, stream, purpose))
+    }
+
+    /// A message named a stream.
+    fn named(&mut self, id: StreamId, purpose: Purpose) -> Result<(), Fault> {
+        self.check_stream(id)?;
+        let Some(tickets) = &mut self.tickets else {
+            let stream = self.descriptor()?;
+            return self.begin(id, stream, purpose);
+        };
+        if tickets.meeting.awaited() >= self.limits.streams {
+            return self.tell(&ToBroker::Failed { stream: id, errno: Errno::ENOBUFS });
+        }
+        match tickets.meeting.named(id, purpose, Instant::now()) {
+            Some((stream, purpose)) => self.begin(id, stream, purpose),
+            None => Ok(()),
+        }
+    }
+
+    /// A stream is here and its purpose is known.
+    fn begin(&mut self, id: StreamId, stream: OwnedFd, purpose: Purpose) -> Result<(), Fault> {
+        rustix::io::ioctl_fionbio(&stream, true)?;
+        match purpose {
+            Purpose::Connect(order) => {
+                let opened = if self.is_full() {
+                    Err(Errno::ENOBUFS)
+                } else {
+                    self.streams.connect(self.epoll.as_fd(), &order, stream)
+                };
+                match opened {
+                    Ok(()) => Ok(()),
+                    Err(errno) => self.tell(&ToBroker::Failed { stream: id, errno }),
+                }
+            }
+            Purpose::Offer(listener) => {
+                self.listeners.offer(listener, id, stream)?;
+                self.accept(listener.0)
+            }
+        }
+    }
+
+    /// The offers of a listener that have not come are not wanted any more.
+    fn forget_offers(&mut self, listener: ListenerId) {
+        if let Some(tickets) = &mut self.tickets {
+            tickets.meeting.forget(|purpose| matches!(purpose, Purpose::Offer(of) if *of == listener));
+        }
     }
 
     fn control(&mut self) -> Result<(), Fault> {
@@ -198,20 +289,7 @@ impl Session {
             (ToProvider::Hello { version, name }, false) => self.greet(version, &name),
             (ToProvider::Hello { .. }, true) => Err(Fault::OutOfOrder("it said hello twice")),
             (_, false) => Err(Fault::OutOfOrder("it did not say hello first")),
-            (ToProvider::Connect(order), true) => {
-                let stream = self.descriptor()?;
-                self.check_stream(order.stream)?;
-                let id = order.stream;
-                let opened = if self.is_full() {
-                    Err(Errno::ENOBUFS)
-                } else {
-                    self.streams.connect(self.epoll.as_fd(), &order, stream)
-                };
-                match opened {
-                    Ok(()) => Ok(()),
-                    Err(errno) => self.tell(&ToBroker::Failed { stream: id, errno }),
-                }
-            }
+            (ToProvider::Connect(order), true) => self.named(order.stream, Purpose::Connect(order)),
             (ToProvider::Listen(order), true) => {
                 if !token::fits(order.listener.0) || self.listeners.knows(order.listener) {
                     return Err(Fault::OutOfOrder("it used the name of a listener twice"));
@@ -226,13 +304,11 @@ impl Session {
                 })
             }
             (ToProvider::Offer(Offer { listener, stream }), true) => {
-                let descriptor = self.descriptor()?;
-                self.check_stream(stream)?;
-                self.listeners.offer(listener, stream, descriptor)?;
-                self.accept(listener.0)
+                self.named(stream, Purpose::Offer(listener))
             }
             (ToProvider::Unlisten(listener), true) => {
                 self.listeners.close(listener);
+                self.forget_offers(listener);
                 self.tell(&ToBroker::Unlistened(listener))
             }
             (ToProvider::Ask { id, stream, question }, true) => {
@@ -261,7 +337,7 @@ impl Session {
             services: vec![Service::TcpConnect, Service::TcpListen],
             addresses,
             // No stream begins with a ticket where descriptors are passed.
-            session: 0,
+            session: self.tickets.as_ref().map_or(0, |tickets| tickets.member.number),
         }))
     }
 
@@ -271,13 +347,12 @@ impl Session {
 
     fn descriptor(&mut self) -> Result<OwnedFd, Fault> {
         let descriptor = self.channel.take_descriptor();
-        let descriptor = descriptor.ok_or(Fault::OutOfOrder("it named a stream and did not pass it"))?;
-        rustix::io::ioctl_fionbio(&descriptor, true)?;
-        Ok(descriptor)
+        descriptor.ok_or(Fault::OutOfOrder("it named a stream and did not pass it"))
     }
 
     fn check_stream(&self, id: StreamId) -> Result<(), Fault> {
-        if !token::fits(id.0) || self.streams.knows(id) || self.listeners.knows_stream(id) {
+        let awaited = self.tickets.as_ref().is_some_and(|tickets| tickets.meeting.awaits(id));
+        if !token::fits(id.0) || awaited || self.streams.knows(id) || self.listeners.knows_stream(id) {
             return Err(Fault::OutOfOrder("it used the name of a stream twice"));
         }
         Ok(())
@@ -290,6 +365,12 @@ impl Session {
     /// Takes the connections that wait at a listener, as many as there are streams for.
     fn accept(&mut self, listener: u64) -> Result<(), Fault> {
         while !self.is_full() {
+            if self.tickets.is_some() {
+                // They came by connections of their own, which may have broken since.
+                for stream in self.listeners.drop_broken(ListenerId(listener)) {
+                    self.tell(&ToBroker::Failed { stream, errno: Errno::ECONNRESET })?;
+                }
+            }
             match self.listeners.accept(listener) {
                 Ok(Some((accepted, socket, stream))) => {
                     let joined = self.streams.join(self.epoll.as_fd(), accepted.stream, socket, stream);
@@ -302,6 +383,7 @@ impl Session {
                 }
                 Ok(None) => return Ok(()),
                 Err((listener, errno)) => {
+                    self.forget_offers(listener);
                     self.tell(&ToBroker::NotListening { listener, errno })?;
                     return Ok(());
                 }

@@ -106,8 +106,10 @@ impl Streams {
         let Some(entry) = self.all.get_mut(&id) else { return };
         match &mut entry.state {
             State::Joined(pair) => pair.ready(if tcp { Side::Tcp } else { Side::Stream }, flags),
-            // Its stream can be written at once: no news of the connection. Its end is.
-            State::Connecting { .. } if !tcp && !flags.contains(EventFlags::HUP) => return,
+            // Its stream can be written at once: no news of the connection. Its end is; AF_VSOCK shows that as RDHUP.
+            State::Connecting { .. } if !tcp && !flags.intersects(EventFlags::HUP | EventFlags::RDHUP) => {
+                return;
+            }
             State::Connecting { .. } => {}
         }
         if !entry.queued {
