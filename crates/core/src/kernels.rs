@@ -12,10 +12,21 @@
 //! gateway = ["10.77.0.1"]
 //! attach = "bridge:br0"          # where its cable goes: "host", "bridge:NAME" or "netns:PATH"
 //! patience_ms = 2000             # silent for so long, it counts as hung
+//!
+//! [kernel.far]
+//! make = "remote"                # a provider somewhere else: kso provide --listen tcp:ADDRESS:PORT
+//! address = "p.example.org:7443"
+//! ca = "certs/ca.pem"            # the authority of both sides' certificates
+//! cert = "certs/broker.pem"
+//! key = "certs/broker.key"
+//! server_name = "p"              # as its certificate calls it, if that is not the address
 //! ```
+
+mod remote;
 
 use crate::routes::is_kernel_name;
 use ipnet::IpNet;
+pub use remote::Remote;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -32,11 +43,13 @@ pub enum Make {
     Gvisor,
     /// A provider that something else started, at a unix socket.
     Provider,
+    /// A provider somewhere else, over TLS.
+    Remote,
 }
 
 impl Make {
     /// All there are.
-    pub const ALL: [Self; 3] = [Self::Host, Self::Gvisor, Self::Provider];
+    pub const ALL: [Self; 4] = [Self::Host, Self::Gvisor, Self::Provider, Self::Remote];
 
     /// As it is written.
     #[must_use]
@@ -45,6 +58,7 @@ impl Make {
             Self::Host => "host",
             Self::Gvisor => "gvisor",
             Self::Provider => "provider",
+            Self::Remote => "remote",
         }
     }
 }
@@ -78,6 +92,8 @@ pub struct KernelSpec {
     pub patience: Duration,
     /// Where a provider listens.
     pub path: Option<PathBuf>,
+    /// Where a provider is, for [`Make::Remote`].
+    pub remote: Option<Remote>,
 }
 
 /// A kernel that cannot be understood.
@@ -93,11 +109,30 @@ pub struct KernelError {
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     make: Option<String>,
+    #[serde(deserialize_with = "one_or_more")]
     address: Vec<String>,
+    #[serde(deserialize_with = "one_or_more")]
     gateway: Vec<String>,
     attach: Option<String>,
     patience_ms: Option<u64>,
     path: Option<PathBuf>,
+    ca: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    server_name: Option<String>,
+}
+
+fn one_or_more<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a text, or a list of them")]
+    enum Either {
+        One(String),
+        More(Vec<String>),
+    }
+    Ok(match Either::deserialize(from)? {
+        Either::One(text) => vec![text],
+        Either::More(texts) => texts,
+    })
 }
 
 impl KernelSpec {
@@ -137,6 +172,9 @@ impl KernelSpec {
         if make == Make::Provider && settings.path.is_none() {
             return Err(error("the path of its socket is missing: path=/run/kso/p.sock".into()));
         }
+        let remote = Remote::read(make, &settings).map_err(error)?;
+        // Its address is where it is reached; its own ones it tells.
+        let addresses: &[String] = if remote.is_some() { &[] } else { &settings.address };
         let patience = settings.patience_ms.map_or(Self::PATIENCE, Duration::from_millis);
         if patience < Duration::from_millis(50) {
             return Err(error("patience_ms is at least 50".into()));
@@ -144,11 +182,12 @@ impl KernelSpec {
         Ok(Self {
             name: name.to_owned(),
             make,
-            addresses: settings.address.iter().map(address).collect::<Result<_, _>>()?,
+            addresses: addresses.iter().map(address).collect::<Result<_, _>>()?,
             gateways: settings.gateway.iter().map(gateway).collect::<Result<_, _>>()?,
             attach,
             patience,
             path: settings.path,
+            remote,
         })
     }
 
@@ -178,13 +217,17 @@ impl KernelSpec {
                 "gateway" => settings.gateway.push(value.to_owned()),
                 "attach" => settings.attach = Some(value.to_owned()),
                 "path" => settings.path = Some(value.into()),
+                "ca" => settings.ca = Some(value.into()),
+                "cert" => settings.cert = Some(value.into()),
+                "key" => settings.key = Some(value.into()),
+                "server_name" => settings.server_name = Some(value.to_owned()),
                 "patience_ms" => {
                     settings.patience_ms =
                         Some(value.parse().map_err(|_| error(format!("`{value}` is no number")))?);
                 }
                 _ => {
                     return Err(error(format!(
-                        "`{key}` is no setting: address, gateway, attach, path or patience_ms"
+                        "`{key}` is no setting: address, gateway, attach, path, ca, cert, key, server_name or patience_ms"
                     )));
                 }
             }

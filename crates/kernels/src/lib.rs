@@ -19,6 +19,7 @@ mod icmp;
 mod kernels;
 mod make;
 mod network;
+mod remote;
 mod session;
 mod worker;
 

@@ -2,6 +2,7 @@
 
 use crate::carrier::Carrier;
 use crate::gvisor::Gvisor;
+use crate::remote::Remote;
 use kso_core::kernels::{KernelSpec, Make};
 use kso_provider::relay::stream_pair;
 use kso_provider::server::{Limits, Shared};
@@ -23,6 +24,9 @@ pub enum StartError {
         /// What to do.
         hint: &'static str,
     },
+    /// Certificates cannot be used.
+    #[error(transparent)]
+    Identity(#[from] Box<kso_tls::identity::IdentityError>),
     /// A step failed.
     #[error("cannot {what}: {source}")]
     Step {
@@ -64,6 +68,8 @@ pub(crate) enum Keep {
     Nothing,
     /// A gVisor sandbox.
     Gvisor(Box<Gvisor>),
+    /// The connections to a provider elsewhere.
+    Remote(Box<Remote>),
 }
 
 impl Keep {
@@ -71,13 +77,15 @@ impl Keep {
     pub fn carrier(&mut self) -> Option<&mut dyn Carrier> {
         match self {
             Self::Nothing | Self::Gvisor(_) => None,
+            Self::Remote(remote) => Some(&mut **remote),
         }
     }
 
     /// Ends it, whatever state it is in. `_in_order`: it did not fail, and may take leave.
     pub fn end(self, _in_order: bool) {
         match self {
-            Self::Nothing => {}
+            // Dropped, its connections are closed.
+            Self::Nothing | Self::Remote(_) => {}
             Self::Gvisor(gvisor) => gvisor.end(),
         }
     }
@@ -100,6 +108,10 @@ pub(crate) fn start(spec: &KernelSpec, program: &Path, number: u64) -> Result<St
         Make::Gvisor => {
             let (gvisor, control) = Gvisor::start(spec, program, number)?;
             Ok(Started { control, keep: Keep::Gvisor(Box::new(gvisor)) })
+        }
+        Make::Remote => {
+            let (remote, control) = Remote::start(spec)?;
+            Ok(Started { control, keep: Keep::Remote(Box::new(remote)) })
         }
     }
 }
@@ -125,7 +137,7 @@ fn host(spec: &KernelSpec) -> Result<Started, StartError> {
 #[must_use]
 pub fn missing(make: Make) -> Vec<String> {
     let mut missing = Vec::new();
-    if make == Make::Host || make == Make::Provider {
+    if matches!(make, Make::Host | Make::Provider | Make::Remote) {
         return missing;
     }
     if !rustix::process::geteuid().is_root() {

@@ -39,6 +39,8 @@ const CARRIER: u64 = u64::MAX - 2;
 enum Failed {
     Provider(Fault),
     Carrier(String),
+    /// It is about to end, and has no connection left.
+    Drained,
 }
 
 impl From<Fault> for Failed {
@@ -95,6 +97,7 @@ pub(crate) struct Session<'a> {
     scratch: Vec<u8>,
     writes_watched: bool,
     told_to_end: bool,
+    draining: bool,
 }
 
 impl<'a> Session<'a> {
@@ -128,6 +131,7 @@ impl<'a> Session<'a> {
             scratch: vec![0; relay::BUFFER],
             writes_watched: false,
             told_to_end: false,
+            draining: false,
         })
     }
 
@@ -169,6 +173,7 @@ impl<'a> Session<'a> {
     fn reason(&mut self, fault: &Failed) -> String {
         match fault {
             Failed::Carrier(reason) => reason.clone(),
+            Failed::Drained => "it was told to end".into(),
             Failed::Provider(fault) => {
                 let gone = matches!(fault, Fault::Channel(_));
                 let more = self.carrier.as_mut().and_then(|carrier| carrier.explain(gone));
@@ -212,7 +217,7 @@ impl<'a> Session<'a> {
             let _ = epoll::modify(&self.epoll, self.client.poll_fd(), EventData::new_u64(CONTROL), flags);
         }
         self.outbox.set_load(self.client.load());
-        Ok(())
+        if self.draining && self.connections.is_empty() { Err(Failed::Drained) } else { Ok(()) }
     }
 
     fn obey(&mut self) -> Result<(), Fault> {
@@ -354,7 +359,10 @@ impl<'a> Session<'a> {
                         Self::enqueue(&mut self.queue, connection, stream.0);
                     }
                 }
-                ToBroker::Draining => self.outbox.tell(Happened::Draining),
+                ToBroker::Draining => {
+                    self.draining = true;
+                    self.outbox.tell(Happened::Draining);
+                }
                 _ => {}
             }
         }

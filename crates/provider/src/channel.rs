@@ -69,9 +69,15 @@ impl Channel {
     #[must_use]
     pub fn new(socket: OwnedFd) -> Self {
         let passes = rustix::net::sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX);
+        Self { passes, ..Self::without_descriptors(socket) }
+    }
+
+    /// As [`Self::new`]; but the other side is elsewhere, and something carries bytes only between it and `socket`.
+    #[must_use]
+    pub fn without_descriptors(socket: OwnedFd) -> Self {
         Self {
             socket,
-            passes,
+            passes: false,
             frames: Frames::default(),
             early: VecDeque::new(),
             waiting: VecDeque::new(),

@@ -14,6 +14,7 @@ pub use door::Door;
 pub use session::{Fault, Session};
 pub use tickets::Unclaimed;
 
+use crate::channel::Channel;
 use kso_wire::Errno;
 use kso_wire::provide::Ticket;
 use std::net::IpAddr;
@@ -55,9 +56,22 @@ impl Shared {
     /// # Errors
     /// See [`Fault`].
     pub fn serve(&self, socket: OwnedFd, limits: Limits) -> Result<(), Fault> {
+        self.serve_over(Channel::new(socket), limits)
+    }
+
+    /// As [`Self::serve`]; but the broker is elsewhere, and something carries bytes only between it and `socket`: its streams come
+    /// by [`Self::claim`].
+    ///
+    /// # Errors
+    /// See [`Fault`].
+    pub fn serve_with_tickets(&self, socket: OwnedFd, limits: Limits) -> Result<(), Fault> {
+        self.serve_over(Channel::without_descriptors(socket), limits)
+    }
+
+    fn serve_over(&self, channel: Channel, limits: Limits) -> Result<(), Fault> {
         let count = self.sessions.fetch_add(1, Ordering::Relaxed);
         let result = if count < limits.sessions {
-            Session::new(socket, limits, self.clone()).and_then(Session::run)
+            Session::new(channel, limits, self.clone()).and_then(Session::run)
         } else {
             Err(Fault::TooManySessions(limits.sessions))
         };

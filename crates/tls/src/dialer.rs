@@ -127,12 +127,13 @@ impl Dialer {
         let (control, inner) = stream_pair()?;
         let order = Order { inner, is_control: true, tries: 0 };
         let desk = Desk { orders: VecDeque::from([order]), pool: VecDeque::new() };
+        let fate = Arc::new(Fate::waking(wake.clone()));
         let shared = Arc::new(Shared {
             epoll,
             wake,
             pump: Pump::start()?,
             desk: Mutex::new(desk),
-            fate: Arc::default(),
+            fate,
             ended: AtomicBool::new(false),
         });
         let state = Loop {
@@ -252,7 +253,8 @@ impl Loop {
         while self.pause.is_none() && self.dials.len() < MOST {
             let unordered = self.dials.values().filter(|dial| dial.order.is_none()).count();
             let mut desk = self.shared.desk();
-            let lacks = desk.pool.len() + unordered < READY;
+            // A provider that refuses us is asked once.
+            let lacks = self.shared.fate.is_heard() && desk.pool.len() + unordered < READY;
             let order = match desk.orders.front() {
                 // Streams have to be where the control stream is.
                 Some(order) if order.is_control || self.address.is_some() => desk.orders.pop_front(),

@@ -47,8 +47,9 @@ const BATCH: usize = 32;
 const LOOK: Duration = Duration::from_millis(500);
 /// How long nobody is let in when descriptors have run out.
 const PAUSE: Duration = Duration::from_millis(100);
-/// The log tells of refusals so often at most.
-const TELL: Duration = Duration::from_secs(1);
+/// So many refusals are told one by one in such a time.
+const MOST_TOLD: u32 = 10;
+const TELL: Duration = Duration::from_secs(5);
 /// A control stream whose peer acknowledges nothing for so long is dead: with it go all streams of its session.
 const DEAD: u32 = 30_000;
 /// Events that are no connection's.
@@ -156,22 +157,33 @@ fn begun(plain: &[u8]) -> Begun {
     }
 }
 
-/// Refusals since the log last told of some.
+/// What the log is told of refusals: some, and then how many more there were.
 #[derive(Debug, Default)]
 struct Tally {
+    told: u32,
     untold: u64,
-    told: Option<Instant>,
+    since: Option<Instant>,
 }
 
 impl Tally {
     fn refused(&mut self, peer: SocketAddr, why: &str) {
-        let now = Instant::now();
-        if self.told.is_some_and(|told| now < told + TELL) {
+        self.since.get_or_insert_with(Instant::now);
+        if self.told < MOST_TOLD {
+            self.told += 1;
+            tracing::warn!(%peer, why, "a connection is refused");
+        } else {
             self.untold += 1;
-            return;
         }
-        tracing::warn!(%peer, why, others = self.untold, "a connection is refused");
-        *self = Self { untold: 0, told: Some(now) };
+    }
+
+    /// Looks at the clock: begins anew when it is time.
+    fn look(&mut self, now: Instant) {
+        if self.since.is_some_and(|since| since + TELL <= now) {
+            if self.untold > 0 {
+                tracing::warn!(connections = self.untold, "more were refused");
+            }
+            *self = Self::default();
+        }
     }
 }
 
@@ -195,7 +207,8 @@ impl Loop {
     fn run(mut self) {
         let mut events = Vec::new();
         while !self.ended.load(Ordering::Relaxed) {
-            let look = (!self.guests.is_empty()).then(|| Instant::now() + LOOK);
+            let looks = !self.guests.is_empty() || self.tally.since.is_some();
+            let look = looks.then(|| Instant::now() + LOOK);
             wait(&self.epoll, &mut events, self.pause.into_iter().chain(look).min());
             for event in &events {
                 match event.data.u64() {
@@ -213,6 +226,7 @@ impl Loop {
 
     /// Looks at the clock.
     fn look(&mut self, now: Instant) {
+        self.tally.look(now);
         if self.pause.is_some_and(|until| until <= now) {
             self.pause = None;
             self.watch_listener(EventFlags::IN);

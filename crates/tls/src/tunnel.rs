@@ -15,12 +15,14 @@
 //! while its writer is full: nothing is read that has no place.
 
 use crate::engine::{Broken, Engine};
+use crate::pump::Wake;
 use kso_provider::relay::has_hung_up;
 use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, send, sendmsg, shutdown};
 use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -65,20 +67,44 @@ pub enum Step {
     Broken(Broken),
 }
 
-/// Why a stream broke, for who asks later.
+/// What became of a stream, for who asks later.
 #[derive(Debug, Default)]
-pub struct Fate(Mutex<Option<String>>);
+pub struct Fate {
+    why: Mutex<Option<String>>,
+    heard: AtomicBool,
+    wake: Option<Wake>,
+}
 
 impl Fate {
-    /// The first reason counts.
+    /// Somebody is woken when there is news.
+    pub(crate) fn waking(wake: Wake) -> Self {
+        Self { wake: Some(wake), ..Self::default() }
+    }
+
+    /// Why it broke; the first reason counts.
     pub fn set(&self, why: impl Into<String>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| why.into());
+        self.why.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| why.into());
     }
 
     /// The reason, if it broke.
     #[must_use]
     pub fn get(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Something came by it.
+    fn hear(&self) {
+        if !self.heard.swap(true, Ordering::Relaxed)
+            && let Some(wake) = &self.wake
+        {
+            wake.wake();
+        }
+    }
+
+    /// Whether something came by it: so the other side accepted our certificate, which TLS 1.3 tells in no other way.
+    #[must_use]
+    pub fn is_heard(&self) -> bool {
+        self.heard.load(Ordering::Relaxed)
     }
 }
 
@@ -262,6 +288,9 @@ impl Tunnel {
     fn deliver(&mut self, plain: &[u8]) -> Result<(), Broken> {
         if plain.is_empty() {
             return Ok(());
+        }
+        if let Some(fate) = &self.fate {
+            fate.hear();
         }
         let written = match send(&self.inner, plain, WRITE) {
             Ok(count) => count,

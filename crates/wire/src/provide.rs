@@ -316,7 +316,8 @@ pub enum ToBroker {
     },
     /// It lives.
     Pong(u64),
-    /// It is about to end: it takes nothing new, and goes when its streams have ended.
+    /// It is about to end and takes nothing new. The broker leaves when its connections there have ended; it is not waited for
+    /// for long.
     Draining,
     /// A listener is closed as was asked. What was offered and not accepted is gone.
     Unlistened(ListenerId),

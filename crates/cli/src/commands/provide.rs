@@ -1,8 +1,11 @@
 //! `kso provide`: socket operations on this kernel, for a broker on another.
 
+mod certs;
+mod tls;
+
 use crate::output;
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
 use kso_provider::server::{Door, Limits, Shared};
 use kso_sys::process::Signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -16,10 +19,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 const EXAMPLES: &str = "\
-Examples:
-  kso provide --listen unix:/run/kso/p.sock               in another network namespace of this host
-  kso run --kernel p=provider,path=/run/kso/p.sock -- CMD its user
+Where it listens:
+  --listen unix:/run/kso/p.sock     in another network namespace of this host; its user:
+    kso run --kernel p=provider,path=/run/kso/p.sock -- CMD
+  --listen tcp:0.0.0.0:7443 --tls-ca ca.pem --tls-cert p.pem --tls-key p.key
+                                    on another machine, over mutual TLS 1.3; its user there:
+    kso run --kernel p=remote,address=HOST:7443,ca=ca.pem,cert=broker.pem,key=broker.key -- CMD
+  --listen fd:3                     one connected stream socket that is inherited, as by runsc --pass-fd 3:3
 
+Certificates are made by: kso provide certs DIR --name HOST
 On a kernel of its own (gVisor) kso starts it by itself: kso run --kernel gvisor -- CMD.
 SIGTERM ends it when its connections have ended, or after half a minute.";
 
@@ -28,11 +36,17 @@ const DRAIN: Duration = Duration::from_secs(31);
 
 /// Options of `kso provide`.
 #[derive(Args, Debug)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct ProvideArgs {
-    /// Where brokers come from: unix:PATH, or fd:NUMBER for one that is connected already
-    #[arg(long, value_name = "ADDRESS")]
-    listen: String,
+    #[command(subcommand)]
+    command: Option<ProvideCommand>,
+
+    /// Where brokers come from: unix:PATH, tcp:ADDRESS:PORT with TLS, or fd:NUMBER for one that is connected already
+    #[arg(long, value_name = "ADDRESS", required = true)]
+    listen: Option<String>,
+
+    #[command(flatten)]
+    tls: tls::TlsArgs,
 
     /// Connections of one broker at one time
     #[arg(long, value_name = "N", default_value_t = Limits::default().streams)]
@@ -52,31 +66,62 @@ pub struct ProvideArgs {
     verbose: u8,
 }
 
+#[derive(Subcommand, Debug)]
+enum ProvideCommand {
+    /// Make certificates for a provider on another machine and its brokers
+    Certs(certs::CertsArgs),
+}
+
 /// Serves until SIGTERM or SIGINT; with `fd:`, until the broker is gone.
 ///
 /// # Errors
 /// The address is wrong, or cannot be listened on.
 pub fn run(args: &ProvideArgs) -> Result<ExitCode> {
     output::init_logs(args.verbose);
+    if let Some(ProvideCommand::Certs(args)) = &args.command {
+        return certs::run(args);
+    }
+    let listen = args.listen.as_deref().unwrap_or_default();
     let (_, hard) = kso_sys::process::open_files_limit().context("cannot read the limit of open files")?;
     let _ = kso_sys::process::set_open_files_limit(hard, hard);
     let limits = Limits { streams: args.max_streams, listeners: args.max_listeners, ..Limits::default() };
     let mut shared = Shared::default();
     shared.addresses.clone_from(&args.address);
-    match args.listen.split_once(':') {
+    match listen.split_once(':') {
         Some(("fd", number)) => {
+            args.tls.refuse(listen)?;
             let number: i32 =
                 number.parse().context("--listen fd:NUMBER takes the number of a descriptor")?;
             let socket = kso_sys::process::inherited(number)
                 .with_context(|| format!("--listen fd:{number}: there is no such descriptor"))?;
             shared.serve(socket, limits)?;
-            Ok(ExitCode::SUCCESS)
         }
         Some(("unix", path)) if !path.is_empty() => {
-            listen(Path::new(path), &shared, limits)?;
-            Ok(ExitCode::SUCCESS)
+            args.tls.refuse(listen)?;
+            serve_unix(Path::new(path), &shared, limits)?;
         }
-        _ => bail!("--listen {}: it is unix:PATH or fd:NUMBER", args.listen),
+        Some(("tcp", address)) => tls::serve(address, &args.tls, &shared, limits, &take_signals()?)?,
+        _ => bail!("--listen {listen}: it is unix:PATH, tcp:ADDRESS:PORT or fd:NUMBER"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What ends it.
+fn take_signals() -> Result<Signals> {
+    use rustix::process::Signal;
+    Signals::take(&[Signal::TERM.as_raw(), Signal::INT.as_raw()]).context("cannot take signals")
+}
+
+/// Takes nothing new, and waits until connections have ended, in it and in `elsewhere`.
+fn drain(shared: &Shared, signals: &Signals, elsewhere: impl Fn() -> usize) {
+    shared.draining.store(true, Ordering::Relaxed);
+    let until = Instant::now() + DRAIN;
+    while shared.sessions() + elsewhere() > 0 && Instant::now() < until {
+        // A second signal ends it at once.
+        let mut polled = [PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
+        if poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 100_000_000 })) != Ok(0) {
+            break;
+        }
     }
 }
 
@@ -96,10 +141,8 @@ fn remove_stale(path: &PathBuf) -> Result<()> {
     }
 }
 
-fn listen(path: &Path, shared: &Shared, limits: Limits) -> Result<()> {
-    use rustix::process::Signal;
-    let signals =
-        Signals::take(&[Signal::TERM.as_raw(), Signal::INT.as_raw()]).context("cannot take signals")?;
+fn serve_unix(path: &Path, shared: &Shared, limits: Limits) -> Result<()> {
+    let signals = take_signals()?;
     remove_stale(&path.to_owned())?;
     let listener =
         UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
@@ -129,14 +172,6 @@ fn listen(path: &Path, shared: &Shared, limits: Limits) -> Result<()> {
         door.run_ready();
     }
     let _ = std::fs::remove_file(path);
-    shared.draining.store(true, Ordering::Relaxed);
-    let until = Instant::now() + DRAIN;
-    while shared.sessions() > 0 && Instant::now() < until {
-        // A second signal ends it at once.
-        let mut polled = [PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
-        if poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 100_000_000 })) != Ok(0) {
-            break;
-        }
-    }
+    drain(shared, &signals, || 0);
     Ok(())
 }

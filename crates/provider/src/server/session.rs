@@ -114,14 +114,13 @@ pub struct Session {
 }
 
 impl Session {
-    /// Serves `socket`, a connected stream.
+    /// Serves a connected stream.
     ///
     /// # Errors
     /// `EMFILE`.
-    pub fn new(socket: OwnedFd, limits: Limits, shared: Shared) -> Result<Self, Fault> {
-        rustix::io::ioctl_fionbio(&socket, true)?;
+    pub fn new(channel: Channel, limits: Limits, shared: Shared) -> Result<Self, Fault> {
+        rustix::io::ioctl_fionbio(&channel, true)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let channel = Channel::new(socket);
         epoll::add(&epoll, &channel, EventData::new_u64(token::CONTROL), EventFlags::IN)?;
         let tickets = match channel.passes_descriptors() {
             true => None,
@@ -193,9 +192,8 @@ impl Session {
             let flags = if waits { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
             epoll::modify(&self.epoll, &self.channel, EventData::new_u64(token::CONTROL), flags)?;
         }
-        let drained = self.draining_since.is_some_and(|since| {
-            self.streams.count() == 0 && !self.writes_watched || since.elapsed() > DRAIN
-        });
+        // What ended here is not all there yet: the broker leaves when it has no connection left.
+        let drained = self.draining_since.is_some_and(|since| since.elapsed() > DRAIN);
         Ok(!drained)
     }
 

@@ -215,6 +215,7 @@ fn limits_are_told_and_draining_ends() {
     assert_eq!(next(&mut client).unwrap(), ToBroker::Draining);
     drop(stream);
     assert!(matches!(next(&mut client).unwrap(), ToBroker::Ended { .. }));
+    drop(client);
     server.join().unwrap().unwrap();
 }
 
