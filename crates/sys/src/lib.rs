@@ -22,6 +22,7 @@ pub mod process;
 pub mod provide;
 pub mod remote;
 pub mod standin;
+pub mod tap;
 pub mod tun;
 pub mod vsock;
 

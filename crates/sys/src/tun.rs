@@ -29,13 +29,7 @@ const LOOPBACK: u32 = 1;
 /// `EPERM` without `CAP_NET_ADMIN` in the namespace; `ENOENT` or `ENXIO` without the tun driver; `EBUSY` if
 /// the name is taken.
 pub fn create(name: &str) -> io::Result<OwnedFd> {
-    // SAFETY: a NUL-terminated literal.
-    let raw = unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
-    if raw < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a new descriptor that nobody else owns.
-    let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+    let fd = open()?;
     let plain = libc::IFF_TUN | libc::IFF_NO_PI;
     let mut request = request(name)?;
     request.ifr_ifru.ifru_flags = (plain | libc::IFF_VNET_HDR) as libc::c_short;
@@ -96,13 +90,7 @@ impl Tun {
                 set_offload(fd.as_fd(), checksums)?;
             }
         }
-        // SAFETY: plain fcntl on a live descriptor.
-        let status = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        // SAFETY: as above.
-        if status < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, status | libc::O_NONBLOCK) } < 0
-        {
-            return Err(io::Error::last_os_error());
-        }
+        set_non_blocking(fd.as_fd())?;
         Ok(Self { fd, vnet_header, segments })
     }
 
@@ -125,7 +113,28 @@ impl AsFd for Tun {
     }
 }
 
-fn request(name: &str) -> io::Result<libc::ifreq> {
+/// Opens the driver of TUN and TAP devices.
+pub(crate) fn open() -> io::Result<OwnedFd> {
+    // SAFETY: a NUL-terminated literal.
+    let raw = unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+pub(crate) fn set_non_blocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: plain fcntl on a live descriptor.
+    let status = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    // SAFETY: as above.
+    if status < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, status | libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+pub(crate) fn request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: ifreq is plain data; zero is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // One byte is left for the terminating NUL.
@@ -138,13 +147,17 @@ fn request(name: &str) -> io::Result<libc::ifreq> {
     Ok(request)
 }
 
-fn device_ioctl(fd: BorrowedFd<'_>, code: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
+pub(crate) fn device_ioctl(
+    fd: BorrowedFd<'_>,
+    code: libc::Ioctl,
+    request: &mut libc::ifreq,
+) -> io::Result<()> {
     // SAFETY: the codes used here read and write one `struct ifreq`, which this is.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), code, std::ptr::from_mut(request)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn set_offload(fd: BorrowedFd<'_>, flags: libc::c_uint) -> io::Result<()> {
+pub(crate) fn set_offload(fd: BorrowedFd<'_>, flags: libc::c_uint) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its flags by value.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
