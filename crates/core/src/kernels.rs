@@ -3,6 +3,7 @@
 //! ```text
 //!   --kernel gvisor                                       a kernel of this make, called so
 //!   --kernel 'web=gvisor,address=10.77.0.2/24,attach=bridge:br0'
+//!   --kernel 'netstack,address=10.77.0.2/24,gateway=10.77.0.1'
 //! ```
 //!
 //! ```toml
@@ -41,6 +42,8 @@ pub enum Make {
     Host,
     /// gVisor: runsc, with a provider inside.
     Gvisor,
+    /// smoltcp, in this process.
+    Netstack,
     /// A provider that something else started, at a unix socket.
     Provider,
     /// A provider somewhere else, over TLS.
@@ -49,7 +52,7 @@ pub enum Make {
 
 impl Make {
     /// All there are.
-    pub const ALL: [Self; 4] = [Self::Host, Self::Gvisor, Self::Provider, Self::Remote];
+    pub const ALL: [Self; 5] = [Self::Host, Self::Gvisor, Self::Netstack, Self::Provider, Self::Remote];
 
     /// As it is written.
     #[must_use]
@@ -57,6 +60,7 @@ impl Make {
         match self {
             Self::Host => "host",
             Self::Gvisor => "gvisor",
+            Self::Netstack => "netstack",
             Self::Provider => "provider",
             Self::Remote => "remote",
         }

@@ -1,6 +1,7 @@
 //! All external kernels of a broker, as its loop sees them.
 
 use crate::make::{self, StartError};
+use crate::netstack;
 use crate::network::Network;
 use crate::worker::{Command, Connecting, Event, Happened, Inbox, Listening, Load, Outbox, Wake, Worker};
 use kso_core::kernels::{KernelSpec, Make};
@@ -112,6 +113,9 @@ impl Kernels {
     fn add(&mut self, mut spec: KernelSpec) {
         if spec.make == Make::Gvisor && spec.addresses.is_empty() {
             (spec.addresses, spec.gateways) = Network::default_addresses();
+        }
+        if spec.make == Make::Netstack && spec.addresses.is_empty() {
+            (spec.addresses, spec.gateways) = netstack::default_addresses();
         }
         let status = Status {
             name: spec.name.clone(),

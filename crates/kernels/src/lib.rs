@@ -18,6 +18,7 @@ mod gvisor;
 mod icmp;
 mod kernels;
 mod make;
+mod netstack;
 mod network;
 mod remote;
 mod session;

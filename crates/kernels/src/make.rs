@@ -3,6 +3,7 @@
 use crate::carrier::Carrier;
 use crate::gvisor::Gvisor;
 use crate::remote::Remote;
+use crate::netstack::Netstack;
 use kso_core::kernels::{KernelSpec, Make};
 use kso_provider::relay::stream_pair;
 use kso_provider::server::{Limits, Shared};
@@ -70,13 +71,15 @@ pub(crate) enum Keep {
     Gvisor(Box<Gvisor>),
     /// The connections to a provider elsewhere.
     Remote(Box<Remote>),
+    /// A stack on a thread of this process.
+    Netstack(Box<Netstack>),
 }
 
 impl Keep {
     /// What makes its streams, if no descriptor can be passed to it.
     pub fn carrier(&mut self) -> Option<&mut dyn Carrier> {
         match self {
-            Self::Nothing | Self::Gvisor(_) => None,
+            Self::Nothing | Self::Gvisor(_) | Self::Netstack(_) => None,
             Self::Remote(remote) => Some(&mut **remote),
         }
     }
@@ -87,6 +90,7 @@ impl Keep {
             // Dropped, its connections are closed.
             Self::Nothing | Self::Remote(_) => {}
             Self::Gvisor(gvisor) => gvisor.end(),
+            Self::Netstack(netstack) => netstack.end(),
         }
     }
 }
@@ -112,6 +116,10 @@ pub(crate) fn start(spec: &KernelSpec, program: &Path, number: u64) -> Result<St
         Make::Remote => {
             let (remote, control) = Remote::start(spec)?;
             Ok(Started { control, keep: Keep::Remote(Box::new(remote)) })
+        }
+        Make::Netstack => {
+            let (netstack, control) = Netstack::start(spec)?;
+            Ok(Started { control, keep: Keep::Netstack(Box::new(netstack)) })
         }
     }
 }
@@ -142,6 +150,10 @@ pub fn missing(make: Make) -> Vec<String> {
     }
     if !rustix::process::geteuid().is_root() {
         missing.push("root: it needs network namespaces and virtual cables".into());
+    }
+    if make == Make::Netstack {
+        missing.extend(crate::netstack::missing());
+        return missing;
     }
     if crate::gvisor::find_runsc().is_none() {
         missing.push(format!("runsc: {}", crate::gvisor::INSTALL));

@@ -106,7 +106,7 @@ impl Drop for Network {
 }
 
 /// Runs ip(8) in a network namespace.
-fn ip(namespace: &str, words: &[&str]) -> Result<(), StartError> {
+pub(crate) fn ip(namespace: &str, words: &[&str]) -> Result<(), StartError> {
     let Some(program) = find("ip") else {
         return Err(StartError::Missing { what: "ip".into(), hint: "apt-get install iproute2" });
     };

@@ -19,6 +19,7 @@ Examples:
   kso run --allow host:8000 -- curl http://host.kso.internal:8000/
   kso run --no-net -- make test
   kso run --kernel gvisor -p 8080:80 -- nginx -g 'daemon off;'
+  kso run --kernel netstack,address=10.77.0.2/24,gateway=10.77.0.1 -- curl http://10.77.0.1:8000/
 
 Rules: NAME, *.NAME, ADDRESS, CIDR, host (this host's own loopback) or *,
   then :PORT or :LOW-HIGH, then /tcp, /udp or /icmp. A deny rule wins over an allow rule;
@@ -36,7 +37,7 @@ pub struct RunArgs {
     #[arg(long)]
     unlocked: bool,
 
-    /// Have this external kernel perform the program's TCP (gvisor; repeatable, with settings: kso provide --help)
+    /// Have this external kernel perform the program's TCP (gvisor or netstack; repeatable, with settings: kso provide --help)
     #[arg(long, value_name = "NAME[=MAKE][,KEY=VALUE]")]
     kernel: Vec<String>,
 
