@@ -13,9 +13,9 @@
 //! The client gets numbers of nodes and open files from here, so that it need not know when the performer becomes another. A
 //! **life** is the time of one stream. Within it, numbers here stand for numbers there. When it ends, those there are void;
 //! what the client uses next is looked up by name from the root, or opened again, and is the same only if inode number and
-//! generation are. [`rules`] says what becomes of requests that nobody knows the fate of.
+//! generation are. `rules.rs` says what becomes of requests that nobody knows the fate of.
 //!
-//! What a performer says is checked (see [`replies`]). One that lies, or is silent though asked, is dropped, like a dead one.
+//! What a performer says is checked (see `replies.rs`). One that lies, or is silent though asked, is dropped, like a dead one.
 
 mod asked;
 mod asker;
