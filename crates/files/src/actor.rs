@@ -25,8 +25,8 @@ pub(crate) struct Actor {
     umask: u32,
     group: Option<u32>,
     capabilities: CapabilitySets,
-    /// It may be any user.
-    privileged: bool,
+    /// It may be any user, by these means.
+    privileged: Option<Means>,
     /// A pretence of who its own user is.
     own: Option<((u32, u32), (u32, u32))>,
 }
@@ -37,6 +37,31 @@ struct Identity {
     group: u32,
     /// setuid and setgid bits survive what it does.
     keep_bits: bool,
+}
+
+/// How a thread becomes another user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Means {
+    /// By fsuid and fsgid: nothing else about it changes.
+    FileSystem,
+    /// By its effective ids, where there are no others (gVisor).
+    Effective,
+}
+
+impl Means {
+    fn act(self, user: u32, group: u32) -> std::io::Result<()> {
+        match self {
+            Self::FileSystem => kso_sys::file::act_as(user, group),
+            Self::Effective => kso_sys::file::act_effectively_as(user, group),
+        }
+    }
+
+    /// What this kernel has.
+    fn available() -> Self {
+        let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let by_files = Self::FileSystem.act(user, group).is_ok();
+        if by_files { Self::FileSystem } else { Self::Effective }
+    }
 }
 
 /// Whether this thread may act as others. In a user namespace of one user there are none, whatever the capabilities: there
@@ -52,12 +77,15 @@ impl Actor {
     pub fn new(owner: crate::Owner, more: CapabilitySet) -> std::io::Result<Self> {
         kso_sys::file::own_umask()?;
         rustix::process::umask(rustix::fs::Mode::empty());
-        let privileged = owner == crate::Owner::Caller && privileged();
+        let privileged = (owner == crate::Owner::Caller && privileged()).then(Means::available);
         let mut capabilities = rustix::thread::capabilities(None)?;
-        if privileged {
-            // Otherwise a change of fsuid would take capabilities away, or give them back.
-            let bits = rustix::thread::capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP;
-            rustix::thread::set_capabilities_secure_bits(bits)?;
+        if let Some(means) = privileged {
+            if means == Means::FileSystem {
+                // Otherwise a change of fsuid would take capabilities away, or give them back.
+                let bits =
+                    rustix::thread::capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP;
+                rustix::thread::set_capabilities_secure_bits(bits)?;
+            }
             capabilities.effective &= KEPT | more;
             capabilities.permitted &= KEPT | more;
             capabilities.inheritable = CapabilitySet::empty();
@@ -77,12 +105,10 @@ impl Actor {
     /// From here on the thread acts for this caller. `keep_bits`: what it writes to stays setuid.
     pub fn act(&mut self, user: u32, group: u32, keep_bits: bool) -> Result<(), Errno> {
         let wanted = Identity { user, group, keep_bits };
-        if !self.privileged || self.now == Some(wanted) {
-            return Ok(());
-        }
+        let Some(means) = self.privileged.filter(|_| self.now != Some(wanted)) else { return Ok(()) };
         if self.now.is_none_or(|now| (now.user, now.group) != (user, group)) {
             self.now = None;
-            kso_sys::file::act_as(user, group).map_err(|error| crate::inodes::errno(&error))?;
+            means.act(user, group).map_err(|error| crate::inodes::errno(&error))?;
         }
         self.capabilities.effective.set(CapabilitySet::FSETID, keep_bits);
         rustix::thread::set_capabilities(None, self.capabilities)?;
@@ -92,7 +118,7 @@ impl Actor {
 
     /// The supplementary group of the caller that matters.
     pub fn with_group(&mut self, group: Option<u32>) -> Result<(), Errno> {
-        if !self.privileged || self.group == group {
+        if self.privileged.is_none() || self.group == group {
             return Ok(());
         }
         // The number comes from the client: -1 is no group.

@@ -151,6 +151,51 @@ pub fn mount_relayed(
     Ok(mounted)
 }
 
+/// A mount that was made elsewhere and is served here. Dropped, it is served no more, and whoever asks gets errors; it is
+/// unmounted where it was mounted.
+#[derive(Debug)]
+pub struct Served {
+    relay: Arc<Relay>,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // Its threads end with the mount: until then they answer.
+        self.relay.close();
+    }
+}
+
+/// Serves `device`, a /dev/fuse that was mounted already, in another mount and user namespace perhaps, by what another kernel
+/// performs. (The mount belongs to the user namespace in which the device was opened, so it cannot be made from here.)
+///
+/// # Errors
+/// See [`MountError`]. Then nobody answers, and the mount fails when the device is closed.
+pub fn serve_relayed(dial: Arc<dyn Dial>, device: &OwnedFd, threads: usize) -> Result<Served, MountError> {
+    let copy = || device.try_clone().map_err(MountError::Device);
+    let replies = Arc::new(Replies::default());
+    replies.add(copy()?);
+    let relay = Relay::new(dial, replies).map_err(MountError::Thread)?;
+    let served = Served { relay: relay.clone() };
+    relay.reach().map_err(MountError::Unreachable)?;
+    for _ in 0..threads.max(1) {
+        // All replies come late, so it does not matter which thread has read a request.
+        let (own, performer) = (copy()?, Performer::Relayed(relay.clone()));
+        start(performer, own, copy()?)?;
+    }
+    relay.mounted(MOUNT_LIMIT).map_err(MountError::Unreachable)?;
+    Ok(served)
+}
+
+/// A thread that serves a mount.
+fn start(performer: Performer, own: OwnedFd, control: OwnedFd) -> Result<JoinHandle<()>, MountError> {
+    let thread = std::thread::Builder::new().name("kso-files".into()).spawn(move || {
+        if let Err(error) = serve(&performer, &own, control) {
+            tracing::error!(%error, "a mount is not served any more");
+        }
+    });
+    thread.map_err(MountError::Thread)
+}
+
 fn serve_at(
     target: &Path,
     options: MountOptions,
@@ -187,14 +232,7 @@ fn serve_at(
             replies.add(own.try_clone().map_err(MountError::Device)?);
             own
         };
-        let control = copy()?;
-        let performer = performer.clone();
-        let thread = std::thread::Builder::new().name("kso-files".into()).spawn(move || {
-            if let Err(error) = serve(&performer, &own, control) {
-                tracing::error!(%error, "a mount is not served any more");
-            }
-        });
-        mounted.threads.push(thread.map_err(MountError::Thread)?);
+        mounted.threads.push(start(performer.clone(), own, copy()?)?);
     }
     Ok(mounted)
 }

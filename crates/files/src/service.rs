@@ -174,7 +174,7 @@ impl Service {
         }
         if self.share.read_only {
             // Locks then are the client's own: held here, they would be in the way of those who write.
-            if self.share.cache != Cache::None {
+            if self.share.cache != Cache::None && self.share.mounted_read_only {
                 wanted |= Features::NO_OPEN_SUPPORT | Features::NO_OPENDIR_SUPPORT;
             }
         } else {
@@ -278,6 +278,8 @@ impl Service {
             match rustix::fs::openat2(directory, name, flags, mode, resolve) {
                 // The kernel could not tell whether a rename elsewhere mattered (openat2(2)).
                 Err(Errno::AGAIN) => {}
+                // gVisor. A name is one component and never `..` ([`crate::Name`]), and no link is followed: it cannot lead out.
+                Err(Errno::NOSYS) => return rustix::fs::openat(directory, name, flags, mode),
                 result => return result,
             }
         }

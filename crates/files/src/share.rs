@@ -58,6 +58,9 @@ pub struct Share {
     pub view: View,
     /// Nothing is written.
     pub read_only: bool,
+    /// The client knows that, by a mount which is read-only: nothing is opened for writing. Where it does not, it has to ask
+    /// for each `open`.
+    pub mounted_read_only: bool,
     /// What the client remembers.
     pub cache: Cache,
     /// Writes are kept back by the client until it likes or is asked to. Sound only if nobody else writes.
@@ -82,6 +85,7 @@ impl Share {
             directory: directory.into(),
             view: View::whole(),
             read_only: false,
+            mounted_read_only: false,
             cache: Cache::default(),
             writeback: false,
             submounts: Submounts::default(),
@@ -92,10 +96,11 @@ impl Share {
         }
     }
 
-    /// The same, read only.
+    /// The same, read only, and mounted so.
     #[must_use]
     pub fn read_only(mut self) -> Self {
         self.read_only = true;
+        self.mounted_read_only = true;
         self.acl = false;
         self
     }

@@ -245,6 +245,27 @@ pub fn act_as(user: u32, group: u32) -> io::Result<()> {
     }
 }
 
+/// The same by effective ids, for kernels that know no others (gVisor). If the user was root's, the thread's effective
+/// capabilities go; its permitted ones stay, because its real ids do.
+///
+/// # Errors
+/// `EPERM`: the kernel did not take them.
+pub fn act_effectively_as(user: u32, group: u32) -> io::Result<()> {
+    const SAME: u32 = u32::MAX;
+    if user == SAME || group == SAME {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
+    }
+    // The C library would change all threads.
+    // SAFETY: no memory is involved; both calls are of the thread only.
+    let result = unsafe {
+        match libc::syscall(libc::SYS_setresgid, SAME, group, SAME) {
+            0 => libc::syscall(libc::SYS_setresuid, SAME, user, SAME),
+            failed => failed,
+        }
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Gives the calling thread an umask and a working directory of its own (unshare(2), `CLONE_FS`).
 ///
 /// # Errors

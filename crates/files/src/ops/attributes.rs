@@ -185,7 +185,13 @@ impl Worker {
                     set.mtimensec,
                 ),
             };
-            rustix::fs::utimensat(descriptor, c"", &times, AtFlags::EMPTY_PATH)?;
+            match rustix::fs::utimensat(descriptor, c"", &times, AtFlags::EMPTY_PATH) {
+                // Linux before 5.8, and gVisor.
+                Err(Errno::INVAL) => self.by_path(&inode, |worker, name| {
+                    rustix::fs::utimensat(worker.service.proc(), name, &times, AtFlags::empty())
+                })?,
+                result => result?,
+            }
         }
         let stat = attributes(descriptor, WANTED)?;
         self.put_attributes(&inode, &stat)

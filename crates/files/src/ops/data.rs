@@ -67,10 +67,30 @@ impl Worker {
         }
         let mut pieces = Vec::with_capacity(readable.slices().len());
         readable.window(WRITE_HEAD, write.size as usize, &mut pieces);
-        let count = transfer(&pieces, write.offset, |pieces, offset| {
+        let written = transfer(&pieces, write.offset, |pieces, offset| {
             file::write_at(handle.file.as_fd(), pieces, offset, flags)
-        })?;
+        });
+        let count = match written {
+            Err(Errno::NOTSUP) if flags != 0 => self.write_in_steps(&handle, &pieces, write.offset, flags)?,
+            written => written?,
+        };
         self.put(&abi::WriteOut { size: count as u32, padding: 0 })
+    }
+
+    /// For kernels whose writes have no flags of their own (gVisor): by a descriptor that has them.
+    fn write_in_steps(
+        &self,
+        handle: &Handle,
+        pieces: &[VolatileSlice<'_>],
+        offset: u64,
+        flags: i32,
+    ) -> Result<usize> {
+        let mut own = OFlags::WRONLY;
+        own.set(OFlags::APPEND, flags & file::APPEND != 0);
+        own.set(OFlags::SYNC, flags & file::SYNC != 0);
+        own.set(OFlags::DSYNC, flags & file::DSYNC != 0);
+        let opened = self.service.reopen(&handle.inode, own)?;
+        transfer(pieces, offset, |pieces, offset| file::write_at(opened.as_fd(), pieces, offset, 0))
     }
 
     pub(crate) fn fsync(&mut self, node: u64, sync: FsyncIn) -> Result {
