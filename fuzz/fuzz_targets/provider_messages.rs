@@ -41,10 +41,11 @@ fuzz_target!(|bytes: &[u8]| {
     ledger.connect(StreamId(1));
     ledger.listen(ListenerId(1));
     ledger.offer(ListenerId(1), StreamId(2));
+    ledger.share(StreamId(3));
     check::<ToBroker>(bytes, |message| {
         let believed = ledger.check(&message).is_ok();
         let (streams, listeners) = ledger.load();
-        assert!(!believed || streams <= 2 && listeners <= 1);
+        assert!(!believed || streams <= 3 && listeners <= 1);
         believed
     });
 });

@@ -26,6 +26,7 @@ use kso_core::config::PublishLimits;
 use kso_core::event::{self, Kind};
 use kso_core::policy::Policy;
 use kso_core::routes::Routes;
+use kso_kernels::{Directory, FilesRoute};
 use kso_provider::addresses::Addresses;
 use kso_provider::stock::Stock;
 use kso_provider::stream::Place;
@@ -228,6 +229,17 @@ impl Broker {
         match &mut self.shared.external {
             Some(external) => external.start(&Routes::new(self.config.routes.clone())),
             None => Ok(()),
+        }
+    }
+
+    /// The way to a directory that other kernels perform, in this order. They are started.
+    ///
+    /// # Errors
+    /// [`BrokerError::External`]: none of them starts.
+    pub fn files(&mut self, kernels: &[String], directory: Directory) -> Result<FilesRoute, BrokerError> {
+        match &mut self.shared.external {
+            Some(external) => external.files(kernels, directory),
+            None => Err(BrokerError::NoKernels),
         }
     }
 

@@ -129,6 +129,9 @@ pub enum BrokerError {
         /// Why.
         error: StartError,
     },
+    /// Files of another kernel are wanted, and there is none.
+    #[error("this broker has no external kernels: describe one with --external NAME=MAKE")]
+    NoKernels,
     /// Metrics cannot be served there.
     #[error("cannot serve metrics at {address}: {reason}")]
     Metrics {

@@ -15,7 +15,10 @@ use crate::session::{Session, SessionId};
 use kso_core::event::{self, Direction, Kind};
 use kso_core::kernels::Make;
 use kso_core::routes::{Asked, HOST, Routes};
-use kso_kernels::{Connecting, Event, Exchange, Happened, Kernels, KernelsConfig, Listening, outer_address};
+use kso_kernels::{
+    Connecting, Directory, Event, Exchange, FilesRoute, Happened, Kernels, KernelsConfig, Listening,
+    outer_address,
+};
 use kso_provider::alive::Watch;
 use kso_provider::stream::Place;
 use kso_wire::provide::Service;
@@ -149,6 +152,14 @@ impl External {
             .map_err(BrokerError::kernel("sockets of another kernel need root on this one"))?;
         self.exchanges.insert(session.id, Arc::new(exchange));
         Ok(())
+    }
+
+    /// The way to a directory on the first of these kernels that is up.
+    pub fn files(&mut self, kernels: &[String], directory: Directory) -> Result<FilesRoute, BrokerError> {
+        let name = || kernels.join(", ");
+        self.kernels
+            .files(kernels, directory, START)
+            .map_err(|error| BrokerError::External { name: name(), error })
     }
 
     pub fn close_session(&mut self, id: u64) {

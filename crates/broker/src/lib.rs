@@ -35,7 +35,7 @@ pub use config::{BrokerConfig, BrokerError, Control};
 pub use daemon::{ServeConfig, serve};
 pub use embedded::{Embedded, Link};
 pub use eyes::{Lost, Question, event_line};
-pub use kso_kernels::{KernelsConfig, Status, what_is_missing};
+pub use kso_kernels::{Directory, FilesRoute, KernelsConfig, Status, what_is_missing};
 pub use report::{ConnectionReport, KernelReport, ListenerReport, Report, SessionReport};
 pub use runtime::{control_sockets, runtime_directory};
 pub use session::SessionId;

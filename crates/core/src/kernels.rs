@@ -4,6 +4,7 @@
 //!   --kernel gvisor                                       a kernel of this make, called so
 //!   --kernel 'web=gvisor,address=10.77.0.2/24,attach=bridge:br0'
 //!   --kernel 'netstack,address=10.77.0.2/24,gateway=10.77.0.1'
+//!   --external 'box=gvisor,share=/srv,share=/etc/ssl:ro'   directories that it can serve
 //! ```
 //!
 //! ```toml
@@ -13,6 +14,7 @@
 //! gateway = ["10.77.0.1"]
 //! attach = "bridge:br0"          # where its cable goes: "host", "bridge:NAME" or "netns:PATH"
 //! patience_ms = 2000             # silent for so long, it counts as hung
+//! share = ["/srv", "/etc/ssl:ro"] # directories of this host that it can serve
 //!
 //! [kernel.far]
 //! make = "remote"                # a provider somewhere else: kso provide --listen tcp:ADDRESS:PORT
@@ -25,6 +27,7 @@
 
 mod remote;
 
+use crate::files::Shared;
 use crate::routes::is_kernel_name;
 use ipnet::IpNet;
 pub use remote::Remote;
@@ -98,6 +101,8 @@ pub struct KernelSpec {
     pub path: Option<PathBuf>,
     /// Where a provider is, for [`Make::Remote`].
     pub remote: Option<Remote>,
+    /// Directories of this host that it can serve.
+    pub shares: Vec<Shared>,
 }
 
 /// A kernel that cannot be understood.
@@ -124,6 +129,7 @@ pub struct Settings {
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
     server_name: Option<String>,
+    share: Vec<String>,
 }
 
 fn one_or_more<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
@@ -179,6 +185,11 @@ impl KernelSpec {
         let remote = Remote::read(make, &settings).map_err(error)?;
         // Its address is where it is reached; its own ones it tells.
         let addresses: &[String] = if remote.is_some() { &[] } else { &settings.address };
+        if make == Make::Provider && !settings.share.is_empty() {
+            return Err(error("what a provider shares is told to itself: kso provide --share DIR".into()));
+        }
+        let share =
+            |text: &String| Shared::parse(text.as_ref()).map_err(|wrong| error(format!("share={wrong}")));
         let patience = settings.patience_ms.map_or(Self::PATIENCE, Duration::from_millis);
         if patience < Duration::from_millis(50) {
             return Err(error("patience_ms is at least 50".into()));
@@ -192,6 +203,7 @@ impl KernelSpec {
             patience,
             path: settings.path,
             remote,
+            shares: settings.share.iter().map(share).collect::<Result<_, _>>()?,
         })
     }
 
@@ -225,13 +237,14 @@ impl KernelSpec {
                 "cert" => settings.cert = Some(value.into()),
                 "key" => settings.key = Some(value.into()),
                 "server_name" => settings.server_name = Some(value.to_owned()),
+                "share" => settings.share.push(value.to_owned()),
                 "patience_ms" => {
                     settings.patience_ms =
                         Some(value.parse().map_err(|_| error(format!("`{value}` is no number")))?);
                 }
                 _ => {
                     return Err(error(format!(
-                        "`{key}` is no setting: address, gateway, attach, path, ca, cert, key, server_name or patience_ms"
+                        "`{key}` is no setting: address, gateway, attach, path, share, ca, cert, key, server_name or patience_ms"
                     )));
                 }
             }
@@ -262,6 +275,8 @@ mod tests {
         assert_eq!(written, short);
         let plain = KernelSpec::parse("gvisor").unwrap();
         assert_eq!((plain.name.as_str(), plain.make, plain.attach), ("gvisor", Make::Gvisor, Attach::Host));
+        let shown = KernelSpec::parse("x=gvisor,share=/srv,share=/etc:ro").unwrap().shares;
+        assert_eq!(shown.iter().map(|one| one.read_only).collect::<Vec<_>>(), [false, true]);
         let named = KernelSpec::parse("gvisor,gateway=10.0.0.1").unwrap();
         assert_eq!((named.name.as_str(), named.gateways.len()), ("gvisor", 1));
     }
@@ -275,6 +290,8 @@ mod tests {
             ("x=gvisor,color=red", "no setting"),
             ("x=gvisor,attach=wifi", "bridge:NAME"),
             ("x=provider", "path=/run"),
+            ("x=provider,path=/p,share=/srv", "kso provide --share"),
+            ("x=gvisor,share=srv", "absolute"),
             ("x=gvisor,patience_ms=1", "at least 50"),
         ] {
             let error = KernelSpec::parse(text).unwrap_err().to_string();

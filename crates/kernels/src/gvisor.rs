@@ -6,6 +6,7 @@
 
 use crate::make::{StartError, find, reap};
 use crate::network::Network;
+use kso_core::files::Shared;
 use kso_core::kernels::KernelSpec;
 use kso_provider::relay::stream_pair;
 use std::fs;
@@ -53,7 +54,13 @@ impl Gvisor {
         let namespace = format!("/proc/{}/fd/{}", std::process::id(), network.namespace.as_raw_fd());
         let root = directory.path().join("root");
         fs::create_dir_all(&root).map_err(StartError::step("make gVisor's root"))?;
-        let config = bundle(&root, program, &namespace);
+        for shared in &spec.shares {
+            let step = StartError::step(format!("share {}", shared.directory.display()));
+            fs::read_dir(&shared.directory).map_err(step)?;
+            let inside = shared.directory.strip_prefix("/").unwrap_or(&shared.directory);
+            fs::create_dir_all(root.join(inside)).map_err(StartError::step("make gVisor's root"))?;
+        }
+        let config = bundle(&root, program, &namespace, &spec.shares);
         fs::write(directory.path().join("config.json"), config.to_string())
             .map_err(StartError::step("write gVisor's bundle"))?;
         let (control, given) = stream_pair().map_err(StartError::step("make a stream"))?;
@@ -119,14 +126,47 @@ fn sandbox_pid(state: &Path) -> Option<rustix::process::Pid> {
     rustix::process::Pid::from_raw(i32::try_from(pid).ok()?)
 }
 
-/// An OCI bundle with nothing in it but the provider.
-fn bundle(root: &Path, program: &Path, namespace: &str) -> serde_json::Value {
-    let capabilities = ["CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_NET_ADMIN"];
+/// What a provider needs for sockets.
+const SOCKETS: &[&str] = &["CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_NET_ADMIN"];
+/// What it needs, inside, for files of any owner.
+const FILES: &[&str] = &[
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_SETUID",
+    "CAP_SETGID",
+    "CAP_SETFCAP",
+];
+
+/// An OCI bundle with nothing in it but the provider, and what it shares: gVisor's own file system code reads that, by way of its
+/// gofer.
+fn bundle(root: &Path, program: &Path, namespace: &str, shares: &[Shared]) -> serde_json::Value {
+    let mut arguments = vec!["/kso".to_owned(), "provide".into(), "--listen".into(), format!("fd:{CONTROL}")];
+    let mut mounts = vec![serde_json::json!({
+        "destination": "/kso",
+        "type": "bind",
+        "source": program,
+        "options": ["bind", "ro"]
+    })];
+    for Shared { directory, read_only } in shares {
+        let (mode, suffix) = if *read_only { ("ro", ":ro") } else { ("rw", "") };
+        mounts.push(serde_json::json!({
+            "destination": directory,
+            "type": "bind",
+            "source": directory,
+            "options": ["rbind", mode]
+        }));
+        arguments.extend(["--share".to_owned(), format!("{}{suffix}", directory.display())]);
+    }
+    let files = if shares.is_empty() { &[][..] } else { FILES };
+    let capabilities: Vec<&str> = SOCKETS.iter().chain(files).copied().collect();
     serde_json::json!({
         "ociVersion": "1.0.0",
         "process": {
             "user": { "uid": 0, "gid": 0 },
-            "args": ["/kso", "provide", "--listen", format!("fd:{CONTROL}")],
+            "args": arguments,
             "env": [],
             "cwd": "/",
             "capabilities": { "bounding": capabilities, "effective": capabilities, "permitted": capabilities },
@@ -134,12 +174,7 @@ fn bundle(root: &Path, program: &Path, namespace: &str) -> serde_json::Value {
         },
         "root": { "path": root, "readonly": true },
         "hostname": "kso",
-        "mounts": [{
-            "destination": "/kso",
-            "type": "bind",
-            "source": program,
-            "options": ["bind", "ro"]
-        }],
+        "mounts": mounts,
         "linux": { "namespaces": [
             { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
             { "type": "network", "path": namespace }

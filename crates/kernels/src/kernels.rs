@@ -1,5 +1,6 @@
 //! All external kernels of a broker, as its loop sees them.
 
+use crate::files::{Directory, FilesRoute, Place};
 use crate::make::{self, StartError};
 use crate::netstack;
 use crate::network::Network;
@@ -198,6 +199,7 @@ impl Kernels {
             self.note(&event);
             let failed = match &event.what {
                 Happened::Down { reason, .. } if &*event.kernel == name => Some(reason.clone()),
+                Happened::Aside if &*event.kernel == name => Some("it died too often".to_owned()),
                 _ => None,
             };
             self.early.push_back(event);
@@ -238,6 +240,44 @@ impl Kernels {
     /// Has a listener closed.
     pub fn unlisten(&self, name: &str, id: u64) {
         self.send(name, Command::Unlisten(id));
+    }
+
+    /// The way to a directory that each of these kernels can perform: the first that is up does. They are started.
+    ///
+    /// # Errors
+    /// None of them starts.
+    pub fn files(
+        &mut self,
+        names: &[String],
+        directory: Directory,
+        wait: Duration,
+    ) -> Result<FilesRoute, StartError> {
+        let (mut failed, mut places) = (None, Vec::new());
+        let mut started = false;
+        for name in names {
+            match self.start(name, wait) {
+                Ok(()) => started = true,
+                Err(error) => {
+                    // It may come later, and meanwhile there are others.
+                    tracing::warn!(kernel = name, %error, "a kernel does not start: others take its place");
+                    failed = Some(error);
+                }
+            }
+            if let Some((entry, running)) =
+                self.entries.get(name).and_then(|entry| Some((entry, entry.running.as_ref()?)))
+            {
+                places.push(Place {
+                    name: name.as_str().into(),
+                    commands: running.commands.clone(),
+                    wake: running.wake.clone(),
+                    load: Arc::clone(&entry.load),
+                });
+            }
+        }
+        match failed {
+            Some(error) if !started => Err(error),
+            _ => Ok(FilesRoute::new(places, directory)),
+        }
     }
 
     fn send(&self, name: &str, command: Command) {

@@ -2,11 +2,12 @@
 
 use crate::carrier::Carrier;
 use crate::gvisor::Gvisor;
-use crate::remote::Remote;
 use crate::netstack::Netstack;
+use crate::remote::Remote;
+use kso_core::files;
 use kso_core::kernels::{KernelSpec, Make};
 use kso_provider::relay::stream_pair;
-use kso_provider::server::{Limits, Shared};
+use kso_provider::server::{Export, Limits, Shared};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -130,6 +131,13 @@ fn host(spec: &KernelSpec) -> Result<Started, StartError> {
     let addresses: Vec<IpAddr> = spec.addresses.iter().map(ipnet::IpNet::addr).collect();
     let mut shared = Shared::default();
     shared.addresses = addresses;
+    // Who runs this can have any directory of the host as it is: unless told, nothing is kept from him.
+    let all = files::Shared { directory: "/".into(), read_only: false };
+    let shares = if spec.shares.is_empty() { std::slice::from_ref(&all) } else { &spec.shares };
+    for files::Shared { directory, read_only } in shares {
+        let step = StartError::step(format!("share {}", directory.display()));
+        shared.exports.push(Export::open(directory, *read_only).map_err(step)?);
+    }
     std::thread::Builder::new()
         .name("kso-provider".into())
         .spawn(move || {

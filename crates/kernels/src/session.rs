@@ -5,10 +5,13 @@
 //!                   +-- Failed --> gone
 //!   Accepted --> dialling -- the program's listener took it --> joined
 //!                   +-- it is closed --> gone, and the listener with it
+//!   Share   --> asked -- Shared --> who asked has our end; the other is shut down with the kernel
+//!                   +-- Failed --> told
 //! ```
 
 use crate::carrier::Carrier;
 use crate::exchange::{self, Exchange};
+use crate::files::{self, Sharing};
 use crate::worker::{Command, Connecting, Happened, Inbox, Listening, Outbox};
 use kso_provider::client::{Client, Fault};
 use kso_provider::relay::{self, Pair, Side, Step};
@@ -70,6 +73,14 @@ struct Listener {
     offers: HashMap<StreamId, OwnedFd>,
 }
 
+/// A directory that is served, or was asked for.
+struct Shared {
+    /// A copy of the kernel's end: a copy of ours would hide from the kernel that its reader is gone.
+    theirs: OwnedFd,
+    /// Our end, until it is known what becomes of it.
+    asked: Option<(Sharing, OwnedFd)>,
+}
+
 /// What is left of a session.
 pub(crate) struct Remains {
     /// Why it ended; `None`: it was told to.
@@ -92,6 +103,7 @@ pub(crate) struct Session<'a> {
     outbox: &'a Outbox,
     connections: HashMap<u64, Connection>,
     listeners: HashMap<u64, Listener>,
+    shares: HashMap<u64, Shared>,
     queue: Vec<u64>,
     next: u64,
     scratch: Vec<u8>,
@@ -126,6 +138,7 @@ impl<'a> Session<'a> {
             outbox,
             connections: HashMap::new(),
             listeners: HashMap::new(),
+            shares: HashMap::new(),
             queue: Vec::new(),
             next: 1,
             scratch: vec![0; relay::BUFFER],
@@ -150,8 +163,13 @@ impl<'a> Session<'a> {
                 Command::Connect(spec) => connecting.push(spec),
                 Command::Listen(spec) => listening.push(spec),
                 Command::Unlisten(id) => listening.retain(|spec: &Listening| spec.id != id),
-                Command::Stop => {}
+                // Who asked is answered by its end.
+                Command::Share(_) | Command::Stop => {}
             }
+        }
+        for shared in self.shares.values() {
+            // A kernel that hangs holds its own end.
+            let _ = rustix::net::shutdown(&shared.theirs, rustix::net::Shutdown::Both);
         }
         for connection in self.connections.into_values() {
             match connection.state {
@@ -238,6 +256,7 @@ impl<'a> Session<'a> {
             Command::Connect(spec) => self.connect(spec)?,
             Command::Listen(spec) => self.listen(spec)?,
             Command::Unlisten(id) => self.unlisten(id)?,
+            Command::Share(sharing) => self.share(sharing)?,
             Command::Stop => self.told_to_end = true,
         }
         Ok(())
@@ -292,6 +311,40 @@ impl<'a> Session<'a> {
         self.client.unlisten(ListenerId(id))
     }
 
+    fn share(&mut self, sharing: Sharing) -> Result<(), Fault> {
+        if self.carrier.is_some() {
+            // Requests and replies are whole frames on a unix socket, which does not get there.
+            let _ = sharing.answer.send(Err(Errno::EOPNOTSUPP));
+            return Ok(());
+        }
+        let made = files::stream().and_then(|(own, given)| Ok((own, given.try_clone()?, given)));
+        let (own, theirs, given) = match made {
+            Ok(ends) => ends,
+            Err(error) => {
+                let _ = sharing.answer.send(Err(kso_sys::errno::of(&error)));
+                return Ok(());
+            }
+        };
+        let id = self.number();
+        let files::Directory { path, read_only, caching } = sharing.directory.clone();
+        let order = provide::Share { stream: StreamId(id), path, read_only, caching };
+        self.shares.insert(id, Shared { theirs, asked: Some((sharing, own)) });
+        self.client.share(order, given)
+    }
+
+    /// Who asked gets the stream, or the reason why there is none.
+    fn shared(&mut self, id: u64, outcome: Result<(), Errno>) {
+        let Some(shared) = self.shares.get_mut(&id) else { return };
+        let failed = outcome.is_err();
+        if let Some((sharing, own)) = shared.asked.take() {
+            // If nobody waits any more our end is closed, and the kernel told by that.
+            let _ = sharing.answer.send(outcome.map(|()| own));
+        }
+        if failed {
+            self.shares.remove(&id);
+        }
+    }
+
     fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
@@ -329,6 +382,10 @@ impl<'a> Session<'a> {
                     }
                 }
                 ToBroker::Connected { stream, local } => self.connected(stream.0, local),
+                ToBroker::Shared { stream } => self.shared(stream.0, Ok(())),
+                ToBroker::Failed { stream, errno } if self.shares.contains_key(&stream.0) => {
+                    self.shared(stream.0, Err(errno));
+                }
                 ToBroker::Failed { stream, errno } => {
                     if let Some(Connection { state: State::Connecting(spec), tag, .. }) =
                         self.connections.remove(&stream.0)
@@ -352,6 +409,8 @@ impl<'a> Session<'a> {
                     self.accepted(listener.0, stream, peer, local)?;
                 }
                 ToBroker::Ended { stream, errno, .. } => {
+                    // With the last copy of the kernel's end, ours ends too.
+                    self.shares.remove(&stream.0);
                     if let Some(connection) = self.connections.get_mut(&stream.0) {
                         if let State::Joined(pair) = &mut connection.state {
                             pair.told(errno);

@@ -6,6 +6,7 @@
 //! ```
 
 use crate::exchange::{Exchange, Pending};
+use crate::files::{Serving, Sharing};
 use crate::make;
 use crate::session::{Remains, Session};
 use kso_core::kernels::KernelSpec;
@@ -63,6 +64,7 @@ pub(crate) enum Command {
     Connect(Connecting),
     Listen(Listening),
     Unlisten(u64),
+    Share(Sharing),
     Stop,
 }
 
@@ -195,11 +197,12 @@ impl Inbox {
     }
 }
 
-/// Connections and listeners now.
+/// Connections and listeners now, and whether it serves files.
 #[derive(Debug, Default)]
 pub(crate) struct Load {
     pub streams: AtomicUsize,
     pub listeners: AtomicUsize,
+    pub serving: Serving,
 }
 
 /// What a kernel tells.
@@ -213,6 +216,12 @@ pub(crate) struct Outbox {
 
 impl Outbox {
     pub fn tell(&self, what: Happened) {
+        match &what {
+            Happened::Up(welcome) => self.load.serving.welcomed(welcome),
+            Happened::Down { .. } | Happened::Draining => self.load.serving.down(),
+            Happened::Aside => self.load.serving.aside(),
+            _ => {}
+        }
         if self.events.send(Event { kernel: Arc::clone(&self.kernel), what }).is_ok() {
             self.wake.wake();
         }
@@ -304,6 +313,8 @@ impl Worker {
                 Ok(Command::Connect(one)) => connecting.push(one),
                 Ok(Command::Listen(one)) => listening.push(one),
                 Ok(Command::Unlisten(id)) => listening.retain(|one: &Listening| one.id != id),
+                // Who asked goes to the next kernel.
+                Ok(Command::Share(_)) => {}
                 Err(RecvTimeoutError::Timeout) => break false,
             }
         };
@@ -327,7 +338,7 @@ impl Worker {
                 Command::Listen(listening) => {
                     self.outbox.tell(Happened::NotListening { listening, errno: Errno::ENETDOWN });
                 }
-                Command::Unlisten(_) => {}
+                Command::Unlisten(_) | Command::Share(_) => {}
             }
         }
     }

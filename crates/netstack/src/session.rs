@@ -252,6 +252,10 @@ impl Session {
             (ToProvider::Resolve { id, .. }, true) => {
                 self.tell(&ToBroker::Answered { id, result: Err(Errno::EOPNOTSUPP) })
             }
+            (ToProvider::Share(order), true) => {
+                drop(self.descriptor()?);
+                self.tell(&ToBroker::Failed { stream: order.stream, errno: Errno::EOPNOTSUPP })
+            }
             (ToProvider::Ping(number), true) => self.tell(&ToBroker::Pong(number)),
         }
     }

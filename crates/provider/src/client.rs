@@ -8,7 +8,8 @@ mod ledger;
 
 use crate::channel::{Channel, ChannelError};
 use kso_wire::provide::{
-    Connect, Listen, ListenerId, Offer, PROVIDE_VERSION, StreamId, Ticket, ToBroker, ToProvider, Welcome,
+    Connect, Listen, ListenerId, Offer, PROVIDE_VERSION, Share, StreamId, Ticket, ToBroker, ToProvider,
+    Welcome,
 };
 pub use ledger::{Ledger, Lie};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -119,6 +120,15 @@ impl Client {
     pub fn listen(&mut self, order: Listen) -> Result<(), Fault> {
         self.ledger.listen(order.listener);
         self.send(&ToProvider::Listen(order), None)
+    }
+
+    /// Has it serve a directory on a stream.
+    ///
+    /// # Errors
+    /// See [`Fault`].
+    pub fn share(&mut self, order: Share, stream: OwnedFd) -> Result<(), Fault> {
+        self.ledger.share(order.stream);
+        self.send(&ToProvider::Share(order), Some(stream))
     }
 
     /// Gives it the stream of a connection to come, as [`Self::connect`]. The provider may give it back

@@ -5,12 +5,15 @@
 //! streams that begin with tickets.
 
 mod door;
+mod exports;
 mod listeners;
 mod session;
+mod shares;
 mod streams;
 mod tickets;
 
 pub use door::Door;
+pub use exports::Export;
 pub use session::{Fault, Session};
 pub use tickets::Unclaimed;
 
@@ -29,13 +32,15 @@ pub struct Limits {
     pub streams: usize,
     /// Listeners at one time.
     pub listeners: usize,
+    /// Directories at one time.
+    pub shares: usize,
     /// Brokers at one time.
     pub sessions: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { streams: kso_wire::provide::MAX_STREAMS, listeners: 1024, sessions: 16 }
+        Self { streams: kso_wire::provide::MAX_STREAMS, listeners: 1024, shares: 64, sessions: 16 }
     }
 }
 
@@ -48,6 +53,8 @@ pub struct Shared {
     tickets: Arc<tickets::Registry>,
     /// Addresses to tell, first those that connections come from; none: the kernel's own are told.
     pub addresses: Vec<IpAddr>,
+    /// Directories that brokers may have.
+    pub exports: Vec<Export>,
 }
 
 impl Shared {

@@ -66,6 +66,9 @@ map!(
     EALREADY,
     EINPROGRESS,
     EPROTO,
+    ENOTDIR,
+    ELOOP,
+    ENAMETOOLONG,
 );
 
 /// The portable error of a failed call.

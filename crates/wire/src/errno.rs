@@ -118,6 +118,12 @@ mod table {
         EINPROGRESS = "operation now in progress",
         /// Protocol error.
         EPROTO = "protocol error",
+        /// Not a directory.
+        ENOTDIR = "not a directory",
+        /// Too many symbolic links.
+        ELOOP = "too many levels of symbolic links",
+        /// A name is too long.
+        ENAMETOOLONG = "file name too long",
     }
 }
 pub use table::Errno;

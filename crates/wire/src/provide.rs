@@ -12,12 +12,15 @@
 //!     | <----------------- Accepted{listener, stream, ..}  |   uses up an offer
 //!     | <------------------------------- Failed{stream}    |   one that did not arrive
 //!     | <-------------------------------- Ended{stream}    |   nothing of it is left
+//!     | -- Share{stream, path, ..} + stream -------------> |
+//!     | <----------------- Shared{stream} | Failed         |   then FUSE requests and replies on the stream
+//!     | <-------------------------------- Ended{stream}    |
 //!     | -- Ping ---------------------------------> Pong    |
 //! ```
 //!
 //! These messages say what is to be done; the bytes of a socket never pass here. Each socket has a **stream** of
 //! its own, with the flow control of whatever carries it: a slow socket stalls no other. The broker makes every
-//! stream: where a descriptor can be passed it rides on the message that names it ([`Connect`], [`Offer`]),
+//! stream: where a descriptor can be passed it rides on the message that names it ([`Connect`], [`Offer`], [`Share`]),
 //! elsewhere the stream begins with a [`Ticket`]. A provider accepts a connection only when it has a stream for
 //! it, so the queue of those that wait is the external kernel's own.
 //!
@@ -32,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 
 /// Version of these messages.
-pub const PROVIDE_VERSION: u16 = 1;
+pub const PROVIDE_VERSION: u16 = 2;
 /// Most streams of a session.
 pub const MAX_STREAMS: usize = 65_536;
 /// Most listeners of a session.
@@ -45,6 +48,8 @@ pub const MAX_QUESTIONS: usize = 1024;
 pub const MAX_ADDRESSES: usize = 64;
 /// Longest name, bytes.
 pub const MAX_NAME: usize = 128;
+/// Longest path of a directory, bytes (`PATH_MAX` of Linux).
+pub const MAX_PATH: usize = 4096;
 
 /// What can be outsourced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -169,6 +174,32 @@ pub struct Offer {
     pub stream: StreamId,
 }
 
+/// What the client of a directory may remember.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Caching {
+    /// Nothing: for directories to which several clients write.
+    None,
+    /// What a look now and then shows to be unchanged.
+    #[default]
+    Auto,
+    /// Everything: for what nobody else writes.
+    Always,
+}
+
+/// Serve a directory: [`ToBroker::Shared`] or [`ToBroker::Failed`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Where requests come from, and replies go to.
+    pub stream: StreamId,
+    /// The directory, one that the provider offers or beneath it: an absolute path of its kernel, of at most
+    /// [`MAX_PATH`] bytes.
+    pub path: Vec<u8>,
+    /// Nothing is to be written.
+    pub read_only: bool,
+    /// What the client remembers.
+    pub caching: Caching,
+}
+
 /// What is asked about a stream's socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Question {
@@ -231,6 +262,8 @@ pub enum ToProvider {
     },
     /// Answered by [`ToBroker::Pong`].
     Ping(u64),
+    /// See [`Share`]; the stream rides along.
+    Share(Share),
 }
 
 /// Takes a broker in.
@@ -264,7 +297,7 @@ pub enum ToBroker {
         /// `getsockname`.
         local: SocketAddr,
     },
-    /// A connection failed; its stream is gone. Of a stream that was offered: it did not come, or broke.
+    /// A connection, or a directory, failed; its stream is gone. Of a stream that was offered: it did not come, or broke.
     Failed {
         /// Which.
         stream: StreamId,
@@ -296,7 +329,7 @@ pub enum ToBroker {
         /// `getsockname`.
         local: SocketAddr,
     },
-    /// A connection is over.
+    /// A connection is over, or a directory is served no more.
     Ended {
         /// Which.
         stream: StreamId,
@@ -321,6 +354,11 @@ pub enum ToBroker {
     Draining,
     /// A listener is closed as was asked. What was offered and not accepted is gone.
     Unlistened(ListenerId),
+    /// A directory is served.
+    Shared {
+        /// On which stream.
+        stream: StreamId,
+    },
 }
 
 impl Bounded for ToProvider {
@@ -328,6 +366,7 @@ impl Bounded for ToProvider {
         match self {
             Self::Hello { name, .. } => (name.len() > MAX_NAME).then_some("name"),
             Self::Resolve { query, .. } => (query.len() > MAX_DNS).then_some("query"),
+            Self::Share(share) => (share.path.len() > MAX_PATH).then_some("path"),
             // Options keep their bound by their type.
             _ => None,
         }

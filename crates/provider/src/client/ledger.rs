@@ -4,6 +4,7 @@
 //!   stream    connect --> asked -- Connected --> live -- Ended --> forgotten
 //!                           +-- Failed --> forgotten
 //!             offer --> offered -- Accepted --> live
+//!             share --> wanted -- Shared --> live
 //!                           +-- Failed --> forgotten
 //!   listener  listen --> asked -- Listening --> listening -- unlisten --> closing -- Unlistened --> forgotten
 //!                           +-- NotListening, also later --> forgotten
@@ -41,6 +42,7 @@ pub enum Lie {
 enum Stream {
     Asked,
     Offered(ListenerId),
+    Wanted,
     Live,
 }
 
@@ -68,7 +70,7 @@ impl Ledger {
         self.welcome.as_ref()
     }
 
-    /// Connections and listeners.
+    /// Connections, directories among them, and listeners.
     #[must_use]
     pub fn load(&self) -> (usize, usize) {
         (self.streams.len() - self.offered, self.listeners.len())
@@ -77,6 +79,11 @@ impl Ledger {
     /// It is asked to connect.
     pub fn connect(&mut self, stream: StreamId) {
         self.streams.insert(stream, Stream::Asked);
+    }
+
+    /// It is asked for a directory.
+    pub fn share(&mut self, stream: StreamId) {
+        self.streams.insert(stream, Stream::Wanted);
     }
 
     /// It is asked to listen.
@@ -117,8 +124,15 @@ impl Ledger {
                 }
                 _ => Err(Lie::Stream),
             },
+            ToBroker::Shared { stream } => match self.streams.get_mut(&stream) {
+                Some(state @ Stream::Wanted) => {
+                    *state = Stream::Live;
+                    Ok(())
+                }
+                _ => Err(Lie::Stream),
+            },
             ToBroker::Failed { stream, .. } => match self.streams.remove(&stream) {
-                Some(Stream::Asked) => Ok(()),
+                Some(Stream::Asked | Stream::Wanted) => Ok(()),
                 Some(Stream::Offered(_)) => {
                     self.offered -= 1;
                     Ok(())
@@ -221,6 +235,25 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_is_no_connection() {
+        let mut ledger = Ledger::default();
+        ledger.check(&welcome()).unwrap();
+        let (stream, other) = (StreamId(1), StreamId(2));
+        ledger.share(stream);
+        ledger.share(other);
+        ledger.check(&ToBroker::Shared { stream }).unwrap();
+        assert_eq!(ledger.check(&ToBroker::Shared { stream }), Err(Lie::Stream), "once");
+        ledger.check(&ToBroker::Failed { stream: other, errno: Errno::EACCES }).unwrap();
+        ledger.check(&ToBroker::Ended { stream, bytes_in: 0, bytes_out: 0, errno: None }).unwrap();
+        assert_eq!(ledger.load(), (0, 0));
+        ledger.share(StreamId(3));
+        let connected = ToBroker::Connected { stream: StreamId(3), local: local() };
+        assert_eq!(ledger.check(&connected), Err(Lie::Stream));
+        ledger.connect(StreamId(4));
+        assert_eq!(ledger.check(&ToBroker::Shared { stream: StreamId(4) }), Err(Lie::Stream));
+    }
+
+    #[test]
     fn both_sides_may_end_a_listener_at_once() {
         let mut ledger = Ledger::default();
         ledger.check(&welcome()).unwrap();
@@ -241,6 +274,7 @@ mod tests {
             Just(welcome()),
             stream().prop_map(|stream| ToBroker::Connected { stream, local: local() }),
             stream().prop_map(|stream| ToBroker::Failed { stream, errno: Errno::EIO }),
+            stream().prop_map(|stream| ToBroker::Shared { stream }),
             stream().prop_map(|stream| ToBroker::Ended { stream, bytes_in: 0, bytes_out: 0, errno: None }),
             listener().prop_map(|listener| ToBroker::Listening { listener, local: local() }),
             listener().prop_map(|listener| ToBroker::NotListening { listener, errno: Errno::EIO }),
@@ -256,7 +290,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_said_the_counts_hold(steps in proptest::collection::vec((0_u8..5, said()), 0..64)) {
+        fn whatever_is_said_the_counts_hold(steps in proptest::collection::vec((0_u8..6, said()), 0..64)) {
             let mut ledger = Ledger::default();
             for (index, (step, said)) in steps.into_iter().enumerate() {
                 let fresh = index as u64;
@@ -265,6 +299,7 @@ mod tests {
                     1 => ledger.listen(ListenerId(fresh)),
                     2 => ledger.offer(ListenerId(fresh % 3), StreamId(fresh)),
                     3 => { ledger.unlisten(ListenerId(fresh % 3)); }
+                    4 => ledger.share(StreamId(fresh)),
                     // A lie is final.
                     _ if ledger.check(&said).is_err() => return Ok(()),
                     _ => {}

@@ -6,7 +6,9 @@
 //!
 //! Whatever ends the session closes all its descriptors: the streams early, so that its connections are reset.
 
+use super::exports::Export;
 use super::listeners::Listeners;
+use super::shares::Shares;
 use super::streams::Streams;
 use super::tickets::{Meeting, Membership};
 use super::{Limits, Shared, portable};
@@ -20,6 +22,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::Timespec;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -39,6 +42,8 @@ pub(super) mod token {
     pub const TCP: u64 = 1;
     pub const STREAM: u64 = 2;
     pub const LISTENER: u64 = 3;
+    /// Of [`CONTROL`]: what the threads of shared directories say.
+    pub const SHARES: u64 = 2;
     const BITS: u32 = 62;
 
     /// Identifiers have to fit below.
@@ -105,6 +110,8 @@ pub struct Session {
     streams: Streams,
     listeners: Listeners,
     tickets: Option<Tickets>,
+    shares: Shares,
+    exports: Arc<[Export]>,
     limits: Limits,
     shared: Shared,
     greeted: bool,
@@ -130,12 +137,17 @@ impl Session {
             let data = EventData::new_u64(token::of(token::CONTROL, 1));
             epoll::add(&epoll, tickets.member.wake(), data, EventFlags::IN)?;
         }
+        let shares = Shares::new(limits.shares)?;
+        let data = EventData::new_u64(token::of(token::CONTROL, token::SHARES));
+        epoll::add(&epoll, shares.poll_fd(), data, EventFlags::IN)?;
         Ok(Self {
             epoll,
             channel,
             tickets,
             streams: Streams::new(),
             listeners: Listeners::default(),
+            shares,
+            exports: shared.exports.clone().into(),
             limits,
             shared,
             greeted: false,
@@ -175,6 +187,11 @@ impl Session {
         for event in events {
             let (kind, id) = token::parse(event.data.u64());
             match kind {
+                token::CONTROL if id == token::SHARES => {
+                    for message in self.shares.messages() {
+                        self.tell(&message)?;
+                    }
+                }
                 token::CONTROL if id == 0 => self.control()?,
                 token::CONTROL => self.streams_came()?,
                 token::LISTENER => {
@@ -206,6 +223,8 @@ impl Session {
             self.draining_since = Some(Instant::now());
             self.listeners.clear();
             self.channel.send(&ToBroker::Draining, None)?;
+            // Their client has them opened again elsewhere, or here by and by.
+            self.shares.drain();
         }
         if let Some(tickets) = &mut self.tickets {
             for (stream, _) in tickets.meeting.expire(Instant::now()) {
@@ -318,6 +337,21 @@ impl Session {
                 self.tell(&ToBroker::Answered { id, result: Err(Errno::EOPNOTSUPP) })
             }
             (ToProvider::Ping(number), true) => self.tell(&ToBroker::Pong(number)),
+            (ToProvider::Share(order), true) => {
+                let descriptor = self.descriptor()?;
+                self.check_stream(order.stream)?;
+                let stream = order.stream;
+                let full = self.draining_since.is_some() || self.shares.count() >= self.limits.shares;
+                let opened = if full {
+                    Err(Errno::ENOBUFS)
+                } else {
+                    self.shares.open(self.exports.clone(), order, descriptor)
+                };
+                match opened {
+                    Ok(()) => Ok(()),
+                    Err(errno) => self.tell(&ToBroker::Failed { stream, errno }),
+                }
+            }
         }
     }
 
@@ -329,10 +363,14 @@ impl Session {
         tracing::info!(broker = name, "a broker came");
         let told = &self.shared.addresses;
         let addresses = if told.is_empty() { own_addresses() } else { told.clone() };
+        let mut services = vec![Service::TcpConnect, Service::TcpListen];
+        if !self.exports.is_empty() {
+            services.push(Service::Files);
+        }
         self.tell(&ToBroker::Welcome(Welcome {
             version: PROVIDE_VERSION,
             kernel: kernel(),
-            services: vec![Service::TcpConnect, Service::TcpListen],
+            services,
             addresses,
             // No stream begins with a ticket where descriptors are passed.
             session: self.tickets.as_ref().map_or(0, |tickets| tickets.member.number),
@@ -350,7 +388,12 @@ impl Session {
 
     fn check_stream(&self, id: StreamId) -> Result<(), Fault> {
         let awaited = self.tickets.as_ref().is_some_and(|tickets| tickets.meeting.awaits(id));
-        if !token::fits(id.0) || awaited || self.streams.knows(id) || self.listeners.knows_stream(id) {
+        if !token::fits(id.0)
+            || awaited
+            || self.streams.knows(id)
+            || self.listeners.knows_stream(id)
+            || self.shares.knows(id)
+        {
             return Err(Fault::OutOfOrder("it used the name of a stream twice"));
         }
         Ok(())

@@ -233,3 +233,89 @@ fn who_sends_nonsense_is_dropped_with_a_reason() {
         assert!(String::from_utf8_lossy(&told).contains("the broker"), "{told:?}");
     }
 }
+
+/// Asks for a directory; our end of its stream.
+fn share(client: &mut Client, number: u64, path: &std::path::Path) -> UnixStream {
+    let (own, given) = stream_pair().unwrap();
+    let path = path.as_os_str().as_encoded_bytes().to_vec();
+    let order = kso_wire::provide::Share {
+        stream: StreamId(number),
+        path,
+        read_only: false,
+        caching: kso_wire::provide::Caching::Auto,
+    };
+    client.share(order, given).unwrap();
+    client.flush().unwrap();
+    blocking(own)
+}
+
+fn sharing(limits: Limits, exports: Vec<Export>) -> World {
+    let (one, other) = stream_pair().unwrap();
+    let shared = Shared { exports, ..Shared::default() };
+    let server = std::thread::spawn({
+        let shared = shared.clone();
+        move || shared.serve(other, limits)
+    });
+    let mut client = Client::new(one, "test", Duration::from_secs(2)).unwrap();
+    let ToBroker::Welcome(welcome) = next(&mut client).unwrap() else { panic!("no welcome") };
+    let offers = welcome.services.contains(&kso_wire::provide::Service::Files);
+    assert_eq!(offers, !shared.exports.is_empty());
+    World { client, server, shared }
+}
+
+#[test]
+fn a_directory_is_shared_until_its_stream_or_its_session_ends() {
+    let place = tempfile::tempdir().unwrap();
+    let inner = place.path().join("inner");
+    std::fs::create_dir(&inner).unwrap();
+    let limits = Limits { shares: 2, ..Limits::default() };
+    let World { mut client, server, .. } = sharing(limits, vec![Export::open(&inner, false).unwrap()]);
+    let mut streams = Vec::new();
+    for number in 1..=2 {
+        let mut stream = share(&mut client, number, &inner);
+        assert_eq!(next(&mut client).unwrap(), ToBroker::Shared { stream: StreamId(number) });
+        let mut hello = [0; 8];
+        stream.read_exact(&mut hello).unwrap();
+        assert_eq!(&hello, b"ksofiles");
+        streams.push(stream);
+    }
+    for (number, path, errno) in [(3, place.path(), Errno::ENOBUFS), (4, inner.as_path(), Errno::ENOBUFS)] {
+        share(&mut client, number, path);
+        assert_eq!(next(&mut client).unwrap(), ToBroker::Failed { stream: StreamId(number), errno });
+    }
+    // Its end makes room.
+    drop(streams.pop());
+    match next(&mut client).unwrap() {
+        ToBroker::Ended { stream: StreamId(2), .. } => {}
+        other => panic!("{other:?}"),
+    }
+    for (number, path, errno) in
+        [(5, place.path().to_owned(), Errno::EACCES), (6, inner.join("no"), Errno::ENOENT)]
+    {
+        share(&mut client, number, &path);
+        assert_eq!(next(&mut client).unwrap(), ToBroker::Failed { stream: StreamId(number), errno });
+    }
+    // The session's end is theirs.
+    drop(client);
+    let mut rest = Vec::new();
+    streams.pop().unwrap().read_to_end(&mut rest).unwrap();
+    server.join().unwrap().unwrap();
+}
+
+#[test]
+fn who_shares_nothing_says_so_and_who_drains_ends_its_shares() {
+    let World { mut client, .. } = sharing(Limits::default(), Vec::new());
+    share(&mut client, 1, std::path::Path::new("/"));
+    let errno = Errno::EOPNOTSUPP;
+    assert_eq!(next(&mut client).unwrap(), ToBroker::Failed { stream: StreamId(1), errno });
+    let place = tempfile::tempdir().unwrap();
+    let exports = vec![Export::open(place.path(), true).unwrap()];
+    let World { mut client, server, shared } = sharing(Limits::default(), exports);
+    let mut stream = share(&mut client, 1, place.path());
+    assert_eq!(next(&mut client).unwrap(), ToBroker::Shared { stream: StreamId(1) });
+    shared.draining.store(true, Ordering::Relaxed);
+    assert_eq!(next(&mut client).unwrap(), ToBroker::Draining);
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).unwrap();
+    server.join().unwrap().unwrap();
+}

@@ -29,6 +29,8 @@ fn messages_look_as_they_always_did() {
         backlog: 128,
         options: SocketOptions::default(),
     };
+    let (path, caching) = (b"/srv".to_vec(), Caching::Always);
+    let share = Share { stream: StreamId(9), path, read_only: true, caching };
     let to_provider = [
         (ToProvider::Hello { version: 1, name: "web".into() }, "000103776562"),
         (ToProvider::Connect(connect), "010700c0000201bb03008827010d02"),
@@ -36,6 +38,7 @@ fn messages_look_as_they_always_did() {
         (ToProvider::Offer(Offer { listener: ListenerId(3), stream: StreamId(8) }), "030308"),
         (ToProvider::Unlisten(ListenerId(3)), "0403"),
         (ToProvider::Ping(1), "0701"),
+        (ToProvider::Share(share), "0809042f7372760102"),
     ];
     for (message, golden) in to_provider {
         let bytes = hex(&encode(&message).unwrap());
@@ -46,6 +49,7 @@ fn messages_look_as_they_always_did() {
         (ToBroker::Failed { stream: StreamId(7), errno: Errno::ECONNREFUSED }, "030723"),
         (ToBroker::Pong(1), "0901"),
         (ToBroker::Draining, "0a"),
+        (ToBroker::Shared { stream: StreamId(9) }, "0c09"),
     ];
     for (message, golden) in to_broker {
         assert_eq!(hex(&encode(&message).unwrap()), golden, "{message:?}");
@@ -84,6 +88,7 @@ fn to_broker() -> impl Strategy<Value = ToBroker> {
         (any::<u64>(), addresses())
             .prop_map(|(id, local)| ToBroker::Connected { stream: StreamId(id), local }),
         (any::<u64>(), errnos()).prop_map(|(id, errno)| ToBroker::Failed { stream: StreamId(id), errno }),
+        any::<u64>().prop_map(|id| ToBroker::Shared { stream: StreamId(id) }),
         (any::<u64>(), any::<u64>(), addresses(), addresses()).prop_map(|(listener, stream, peer, local)| {
             ToBroker::Accepted { listener: ListenerId(listener), stream: StreamId(stream), peer, local }
         }),
@@ -98,6 +103,21 @@ fn to_broker() -> impl Strategy<Value = ToBroker> {
         (any::<u64>(), vec(any::<u8>(), 0..64))
             .prop_map(|(id, bytes)| ToBroker::Answered { id, result: Ok(Reply::Resolved(bytes)) }),
     ]
+}
+
+#[test]
+fn a_path_has_a_bound() {
+    let share = |length: usize| {
+        let (path, caching) = (vec![b'/'; length], Caching::Auto);
+        ToProvider::Share(Share { stream: StreamId(1), path, read_only: false, caching })
+    };
+    assert_eq!(decode::<ToProvider>(&encode(&share(MAX_PATH)).unwrap()).unwrap(), share(MAX_PATH));
+    assert!(encode(&share(MAX_PATH + 1)).is_err());
+    let mut bytes = encode(&share(MAX_PATH - 1)).unwrap();
+    // One more in the length and in the path, by hand: 4095 is ff 1f, 4097 is 81 20.
+    bytes.splice(2..4, [0x81, 0x20]);
+    bytes.splice(4..4, [b'/'; 2]);
+    assert!(decode::<ToProvider>(&bytes).is_err());
 }
 
 proptest! {
