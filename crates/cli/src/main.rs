@@ -39,7 +39,7 @@ enum Command {
     Ps(commands::ps::PsArgs),
     /// Follow what sessions do: one line for each connect, listen, accept, resolve and denial
     Trace(commands::trace::TraceArgs),
-    /// Perform socket operations on this kernel for a broker on another
+    /// Perform operations on sockets and files of this kernel for a broker on another
     Provide(commands::provide::ProvideArgs),
     /// List the kernels that guests can run and the external kernels of brokers, or fetch one
     Kernels(commands::kernels::KernelsArgs),

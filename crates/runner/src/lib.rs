@@ -16,4 +16,4 @@ pub mod sandbox;
 pub use guest::{GuestConfig, GuestRunner, GuestStreams};
 pub use interceptor::{Interceptor, InterceptorConfig, Publishing};
 pub use remote_link::RemoteLink;
-pub use sandbox::{Sandbox, SandboxConfig, SandboxError};
+pub use sandbox::{Sandbox, SandboxConfig, SandboxError, Volume};

@@ -5,7 +5,8 @@
 //! and descriptors of other processes ([`remote`]), processes in namespaces ([`process`]), socket options by portable
 //! name ([`options`]), locks on sockets ([`lock`]), the TUN ([`tun`]), a guest's streams ([`vsock`]) and
 //! memory ([`guest_memory`]), and batches of datagrams ([`datagram`]).
-//! Sockets of another kernel have stand-ins here ([`standin`]). For the file service there are [`mod@file`] and [`fuse`].
+//! Sockets of another kernel have stand-ins here ([`standin`]). For the file service there are [`mod@file`] and [`fuse`], for
+//! directories of a sandbox there is [`mod@mount`].
 //! It takes no decisions.
 
 pub mod datagram;
@@ -15,6 +16,7 @@ pub mod fuse;
 pub mod guest_memory;
 pub mod launch;
 pub mod lock;
+pub mod mount;
 pub mod notify;
 pub mod numbers;
 pub mod options;

@@ -11,3 +11,4 @@ pub mod ps;
 pub mod run;
 pub mod trace;
 pub mod vm;
+pub mod volumes;

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use kso_broker::{BrokerConfig, KernelsConfig};
+use kso_core::files::Volume;
 use kso_core::kernels::KernelSpec;
 use kso_core::publish;
 use kso_core::routes::{HOST, Route, Routes};
@@ -44,9 +45,13 @@ pub struct ProgramArgs {
     #[arg(long, value_name = "SERVICE[:PORTS][@NET][%PROGRAM]=KERNEL[,KERNEL]", conflicts_with = "broker")]
     via: Vec<String>,
 
-    /// An external kernel for --via with its settings (repeatable): web=gvisor,address=10.77.0.2/24,attach=bridge:br0
+    /// An external kernel for --via and -v with its settings (repeatable): web=gvisor,address=10.77.0.2/24,attach=bridge:br0
     #[arg(long, value_name = "NAME[=MAKE][,KEY=VALUE]", conflicts_with = "broker")]
     external: Vec<String>,
+
+    /// Let the program see a directory, of this host or of another kernel, at a place (repeatable)
+    #[arg(short = 'v', long, value_name = "[KERNEL[,KERNEL]:]PATH:WHERE[:OPTIONS]")]
+    volume: Vec<OsString>,
 
     /// A name for `kso ps` and `kso trace`
     #[arg(long)]
@@ -116,8 +121,18 @@ impl ProgramArgs {
         })
     }
 
+    /// The directories of `-v`.
+    pub fn volumes(&self) -> Result<Vec<Volume>> {
+        let volumes = super::volumes::read(&self.volume)?;
+        if self.broker.is_some() {
+            super::volumes::refuse_elsewhere(&volumes)?;
+        }
+        Ok(volumes)
+    }
+
     /// How a broker in this process is set up. `first`: kernels that serve all TCP, unless a route says otherwise.
-    pub fn broker_config(&self, first: &[String]) -> Result<BrokerConfig> {
+    /// `volumes` may name others, for files.
+    pub fn broker_config(&self, first: &[String], volumes: &[Volume]) -> Result<BrokerConfig> {
         let specs = self.external.iter().chain(first).map(|text| Ok(KernelSpec::parse(text)?));
         let mut kernels: Vec<KernelSpec> = specs.collect::<Result<_>>()?;
         let mut routes: Vec<Route> =
@@ -125,13 +140,21 @@ impl ProgramArgs {
         for text in first {
             routes.push(Route::all_tcp(&KernelSpec::parse(text)?.name)?);
         }
-        for name in Routes::new(routes.clone()).kernels() {
+        let via = Routes::new(routes.clone());
+        let via = via.kernels().into_iter().map(|name| ("--via", name.to_owned()));
+        let files = volumes.iter().flat_map(|volume| &volume.kernels).map(|name| ("-v", name.clone()));
+        for (option, name) in via.chain(files) {
             if name == HOST || kernels.iter().any(|known| known.name == name) {
                 continue;
             }
             // A kernel that is called as its make needs no settings.
-            let hint = || format!("--via names the kernel `{name}`, which --external does not describe");
-            kernels.push(KernelSpec::parse(name).with_context(hint)?);
+            let hint = || {
+                format!(
+                    "{option} names the kernel `{name}`, which --external does not describe: \
+                     --external {name}=MAKE,KEY=VALUE"
+                )
+            };
+            kernels.push(KernelSpec::parse(&name).with_context(hint)?);
         }
         Ok(BrokerConfig {
             trace: self.trace,

@@ -1,4 +1,4 @@
-//! `kso provide`: socket operations on this kernel, for a broker on another.
+//! `kso provide`: operations on sockets and files of this kernel, for a broker on another.
 
 mod certs;
 mod tls;
@@ -6,9 +6,11 @@ mod tls;
 use crate::output;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use kso_provider::server::{Door, Limits, Shared};
+use kso_core::files;
+use kso_provider::server::{Door, Export, Limits, Shared};
 use kso_sys::process::Signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::ffi::OsString;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
@@ -28,6 +30,11 @@ Where it listens:
   --listen fd:3                     one connected stream socket that is inherited, as by runsc --pass-fd 3:3
 
 Certificates are made by: kso provide certs DIR --name HOST
+
+Files:
+  --share /srv --share /etc/ssl:ro  nothing but these and what is beneath; links do not lead out; their user:
+    kso run --external p=provider,path=/run/kso/p.sock -v p:/srv/data:/mnt -- CMD
+
 On a kernel of its own (gVisor) kso starts it by itself: kso run --kernel gvisor -- CMD.
 SIGTERM ends it when its connections have ended, or after half a minute.";
 
@@ -61,6 +68,14 @@ pub struct ProvideArgs {
     #[arg(long, value_name = "ADDRESS")]
     address: Vec<IpAddr>,
 
+    /// A directory that brokers may have, or a part of it (repeatable)
+    #[arg(long, value_name = "DIR[:ro]")]
+    share: Vec<OsString>,
+
+    /// Directories of one broker at one time
+    #[arg(long, value_name = "N", default_value_t = Limits::default().shares)]
+    max_shares: usize,
+
     /// More of what happens, on standard error (repeatable)
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -84,9 +99,19 @@ pub fn run(args: &ProvideArgs) -> Result<ExitCode> {
     let listen = args.listen.as_deref().unwrap_or_default();
     let (_, hard) = kso_sys::process::open_files_limit().context("cannot read the limit of open files")?;
     let _ = kso_sys::process::set_open_files_limit(hard, hard);
-    let limits = Limits { streams: args.max_streams, listeners: args.max_listeners, ..Limits::default() };
+    let limits = Limits {
+        streams: args.max_streams,
+        listeners: args.max_listeners,
+        shares: args.max_shares,
+        ..Limits::default()
+    };
     let mut shared = Shared::default();
     shared.addresses.clone_from(&args.address);
+    for text in &args.share {
+        let what = || format!("--share {}", text.display());
+        let one = files::Shared::parse(text).with_context(what)?;
+        shared.exports.push(Export::open(&one.directory, one.read_only).with_context(what)?);
+    }
     match listen.split_once(':') {
         Some(("fd", number)) => {
             args.tls.refuse(listen)?;

@@ -20,10 +20,17 @@ Examples:
   kso run --no-net -- make test
   kso run --kernel gvisor -p 8080:80 -- nginx -g 'daemon off;'
   kso run --kernel netstack,address=10.77.0.2/24,gateway=10.77.0.1 -- curl http://10.77.0.1:8000/
+  kso run -v ./site:/srv:ro -- ./server
+  kso run --external box=provider,path=/run/kso/p.sock -v box:/srv/data:/mnt -- ls /mnt
+  kso run --external gvisor,share=/srv -v gvisor,host:/srv:/mnt:ro -- ./server
 
 Rules: NAME, *.NAME, ADDRESS, CIDR, host (this host's own loopback) or *,
   then :PORT or :LOW-HIGH, then /tcp, /udp or /icmp. A deny rule wins over an allow rule;
   with an allow rule, what none allows is denied. docs/policy.md has the whole language.
+
+Directories (-v): PATH:WHERE is one of this host; KERNEL:PATH:WHERE one that an external kernel performs, with its own file
+  system code; KERNEL,KERNEL:PATH:WHERE is performed by the first of them that is up, and files that are open go on elsewhere.
+  Options after WHERE: ro, shared (others write there too), cache=none|shared|auto|always. WHERE has to be there.
 
 Exit status: the program's own; 128+N if signal N ended it; 125 if kso failed,
   126 if the program cannot be executed, 127 if it was not found.";
@@ -42,7 +49,7 @@ pub struct RunArgs {
     kernel: Vec<String>,
 
     /// More of what happens, on standard error (repeatable)
-    #[arg(short, long, action = clap::ArgAction::Count)]
+    #[arg(long, action = clap::ArgAction::Count)]
     verbose: u8,
 
     #[command(flatten)]

@@ -22,11 +22,16 @@ Examples:
   kso vm -p 8080:80 -- nginx -g 'daemon off;'
   kso vm -it -- bash                               a terminal
   kso vm -v ./site:/srv:ro --allow '*.debian.org:443' -- ./build
+  kso vm --external gvisor,share=/srv -v gvisor:/srv:/data -- ls /data
   kso vm --kernel 6.12 -m 1G --cpus 2 -- uname -r
   kso vm --root ./debian-13 -- /usr/bin/python3    another root directory
 
 Without --root the guest sees this host's system directories read-only, under an overlay in its own memory, and the
 current directory as it is. It has no network interface and no disk: its sockets and files are this host's.
+
+Directories (-v): PATH:WHERE is one of this host; KERNEL:PATH:WHERE one that an external kernel performs, with its own file
+  system code; KERNEL,KERNEL:PATH:WHERE is performed by the first of them that is up, and files that are open go on elsewhere.
+  Options after WHERE: ro, shared (others write there too), cache=none|shared|auto|always.
 
 Exit status: the program's own; 128+N if signal N ended it; 125 if kso or the guest failed,
   126 if the program cannot be executed, 127 if it was not found.";
@@ -78,10 +83,6 @@ pub struct VmArgs {
     /// More words for the kernel's command line (repeatable)
     #[arg(long, value_name = "WORD", allow_hyphen_values = true)]
     append: Vec<String>,
-
-    /// Let the guest see a directory of this host (repeatable)
-    #[arg(short, long, value_name = "HOST:GUEST[:ro]")]
-    volume: Vec<OsString>,
 
     /// The program reads standard input (it always does; for hands that are used to -it)
     #[arg(short, long)]

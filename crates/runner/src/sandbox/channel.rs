@@ -18,6 +18,7 @@ const MAX_DESCRIPTORS: usize = 3;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
     Mapped,
+    Mounted,
     Ready,
     Started,
     Filtered,
@@ -45,6 +46,7 @@ impl Channel {
     pub(crate) fn send(&self, message: Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let (tag, mut text) = match message {
             Message::Mapped => (b'M', String::new()),
+            Message::Mounted => (b'V', String::new()),
             Message::Ready => (b'R', String::new()),
             Message::Started => (b'S', String::new()),
             Message::Filtered => (b'N', String::new()),
@@ -85,6 +87,7 @@ impl Channel {
         };
         let message = match tag {
             b'M' => Message::Mapped,
+            b'V' => Message::Mounted,
             b'R' => Message::Ready,
             b'S' => Message::Started,
             b'N' => Message::Filtered,

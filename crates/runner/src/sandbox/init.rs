@@ -1,7 +1,7 @@
 //! The first process of the sandbox: prepares it, starts the program, reaps, and ends with it.
 
 use super::channel::{Channel, Message};
-use super::{SandboxConfig, mounts};
+use super::{SandboxConfig, mounts, volumes};
 use kso_sys::process::{self, Child, Signals};
 use kso_sys::{notify, tun};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
@@ -54,6 +54,7 @@ fn prepare(config: &SandboxConfig, channel: &Channel) -> Result<(), String> {
     }
     let _ = rustix::thread::set_name(c"kso-init");
     step("make mounts private", mounts::make_private())?;
+    volumes::bind(&config.volumes)?;
     step("arrange /etc/resolv.conf", mounts::arrange(&config.resolv_conf, &config.hidden))?;
     if let Err(error) = mounts::proc() {
         tracing::warn!(%error, "/proc inside is the host's: it cannot be mounted anew here");
@@ -68,6 +69,10 @@ fn prepare(config: &SandboxConfig, channel: &Channel) -> Result<(), String> {
         )
     };
     let (v4, v6): (OwnedFd, OwnedFd) = (fresh(AddressFamily::INET)?, fresh(AddressFamily::INET6)?);
+    // Last: nobody answers yet who looks below them.
+    for device in volumes::mount_others(&config.volumes)? {
+        step("report", channel.send(Message::Mounted, &[device.as_fd()]))?;
+    }
     step("report", channel.send(Message::Ready, &[tun.as_fd(), v4.as_fd(), v6.as_fd()]))
 }
 

@@ -5,6 +5,7 @@
 //!     | -- clone3, new namespaces ------> |
 //!     | -- Mapped ----------------------> |   (the id maps are written from outside)
 //!     |                                   |   mounts, network, TUN
+//!     | <----- Mounted + /dev/fuse        |   for each directory that another kernel performs
 //!     | <----- Ready + TUN, two sockets   |
 //!     |                                   | -- fork --> |
 //!     | <----- Started + its pidfd        |             |  installs the filter
@@ -19,6 +20,7 @@ pub(crate) mod channel;
 mod identity;
 pub(crate) mod init;
 mod mounts;
+pub(crate) mod volumes;
 
 pub use mounts::own_resolv_conf;
 
@@ -30,6 +32,7 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+pub use volumes::Volume;
 
 /// What to run, and in what surroundings.
 #[derive(Debug)]
@@ -46,6 +49,8 @@ pub struct SandboxConfig {
     pub resolv_conf: String,
     /// Directories hidden inside, if they exist: sockets of name services and of kso.
     pub hidden: Vec<PathBuf>,
+    /// Directories that the program sees; what is below another comes after it.
+    pub volumes: Vec<Volume>,
     /// The filter.
     pub filter: Vec<Rule>,
     /// Soft and hard limit of open files of the program.
@@ -106,6 +111,8 @@ pub struct Sandbox {
     pub notifier: Option<OwnedFd>,
     /// The TUN.
     pub tun: Option<OwnedFd>,
+    /// Mounts whose requests have to be answered: one for each volume without a source, in order.
+    pub mounts: Vec<OwnedFd>,
     /// Fresh TCP sockets of the sandbox's network: IPv4, IPv6.
     pub fresh: [OwnedFd; 2],
 }
@@ -124,6 +131,7 @@ impl Sandbox {
         ours.send(Message::Mapped, &[])?;
 
         let (mut tun, mut fresh, mut program, mut notifier) = (None, None, None, None);
+        let mut mounts = Vec::new();
         while tun.is_none() || program.is_none() || notifier.is_none() {
             let (message, mut descriptors) = ours.receive()?.ok_or(SandboxError::Lost)?;
             let mut next = || descriptors.pop_front().ok_or(SandboxError::Lost);
@@ -132,6 +140,7 @@ impl Sandbox {
                     tun = Some(next()?);
                     fresh = Some([next()?, next()?]);
                 }
+                Message::Mounted => mounts.push(next()?),
                 Message::Started => program = Some(next()?),
                 Message::Filtered => notifier = Some(next()?),
                 Message::Failed(text) => {
@@ -143,7 +152,7 @@ impl Sandbox {
         }
         let program = program.ok_or(SandboxError::Lost)?;
         let fresh = fresh.ok_or(SandboxError::Lost)?;
-        Ok(Self { init, channel: ours, program, notifier, tun, fresh })
+        Ok(Self { init, channel: ours, program, notifier, tun, mounts, fresh })
     }
 
     /// Lets the program start.

@@ -1,11 +1,14 @@
 //! The session's broker: in this process, or behind a socket.
 
-use anyhow::Result;
-use kso_broker::{Broker, BrokerConfig, Embedded};
+use crate::commands::volumes;
+use anyhow::{Result, bail};
+use kso_broker::{Broker, BrokerConfig, Embedded, FilesRoute};
+use kso_core::files::Volume;
 use kso_runner::RemoteLink;
 use kso_wire::{BrokerLink, Hello};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Either.
@@ -43,6 +46,15 @@ impl Session {
             link.broker_mut().start_kernels(session)?;
         }
         Ok(())
+    }
+
+    /// The way to a directory that another kernel performs.
+    pub fn files(&mut self, volume: &Volume) -> Result<Arc<FilesRoute>> {
+        match self {
+            Self::Embedded(link) => volumes::route(link.broker_mut(), volume),
+            // Refused when it was read.
+            Self::Remote(_) => bail!("{}: not by another process's broker", volumes::name(volume)),
+        }
     }
 
     pub fn link(&mut self) -> &mut dyn BrokerLink {

@@ -7,8 +7,10 @@
 use super::session::Session;
 use super::{RunArgs, publishing};
 use crate::commands::program::{raise_open_files, resolv_conf};
+use crate::commands::volumes::{for_sandbox, name};
 use anyhow::{Context, Result, bail};
 use kso_broker::BrokerConfig;
+use kso_files::mount::Served;
 use kso_gateway::{Gateway, GatewayConfig};
 use kso_runner::{Interceptor, InterceptorConfig, Sandbox, SandboxConfig, interceptor};
 use kso_sys::options::Defaults;
@@ -33,6 +35,8 @@ const FORWARDED: &[i32] = &[
 /// session.
 const HIDDEN: &[&str] = &["/run/systemd/resolve", "/run/nscd", "/var/run/nscd"];
 
+/// Threads of a directory that another kernel performs.
+const FILE_THREADS: usize = 2;
 /// So many events are taken at a time.
 const EVENTS: usize = 16;
 
@@ -60,13 +64,20 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     let publishing = publishing(&hello.publish);
     let mut hidden: Vec<PathBuf> = HIDDEN.iter().map(PathBuf::from).collect();
     hidden.push(kso_broker::runtime_directory());
+    let volumes = program.volumes()?;
+    let directory = match program.directory()? {
+        // Where it is now may be another directory once all is mounted.
+        None if !volumes.is_empty() => std::env::current_dir().ok(),
+        directory => directory,
+    };
     let config = SandboxConfig {
         command: program.command.clone(),
-        directory: program.directory()?,
+        directory,
         environment: program.variables()?,
         tun: hello.tun,
         resolv_conf: resolv_conf(&hello.tun),
         hidden,
+        volumes: for_sandbox(&volumes)?,
         filter: interceptor::rules(publishing, program.io_uring),
         open_files,
     };
@@ -74,7 +85,8 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     let mut session = match &program.broker {
         Some(path) => Session::remote(path, hello.clone())?,
         None => {
-            let config = BrokerConfig { kernels_later: true, ..program.broker_config(&args.kernel)? };
+            let config =
+                BrokerConfig { kernels_later: true, ..program.broker_config(&args.kernel, &volumes)? };
             Session::embedded(config, &hello)?
         }
     };
@@ -86,6 +98,12 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     session.started(sandbox.pid());
     session.start_kernels()?;
     raise_open_files(open_files);
+    let elsewhere = volumes.iter().filter(|volume| volume.is_elsewhere());
+    let files = elsewhere.zip(std::mem::take(&mut sandbox.mounts)).map(|(volume, device)| {
+        let route = session.files(volume)?;
+        kso_files::mount::serve_relayed(route, &device, FILE_THREADS).with_context(|| name(volume))
+    });
+    let files = files.collect::<Result<Vec<_>>>()?;
 
     let notifier = sandbox.notifier.take().context("the sandbox has no notifier")?;
     let tun = sandbox.tun.take().context("the sandbox has no TUN")?;
@@ -99,6 +117,7 @@ pub fn supervise(args: &RunArgs, hello: Hello) -> Result<i32> {
     gateway.start(session.link())?;
 
     let supervisor = Supervisor {
+        _files: files,
         events: epoll::create(epoll::CreateFlags::CLOEXEC)?,
         session,
         interceptor,
@@ -124,6 +143,8 @@ fn check_locks(unlocked: bool) -> Result<()> {
 }
 
 struct Supervisor {
+    /// Dropped first: the session has the kernels that perform them.
+    _files: Vec<Served>,
     events: OwnedFd,
     session: Session,
     interceptor: Interceptor,

@@ -1,8 +1,10 @@
 //! Who serves the guest's device: this process, or a broker behind a socket.
 
+use crate::commands::volumes;
 use anyhow::{Context, Result, bail};
 use kso_broker::guest::Devices;
-use kso_broker::{Broker, BrokerConfig};
+use kso_broker::{Broker, BrokerConfig, FilesRoute};
+use kso_core::files::Volume;
 use kso_devices::vsock::{Endpoint, GuestId};
 use kso_wire::{GuestHello, Hello, MAX_MESSAGE, ToBroker, ToRunner, decode, encode};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,6 +17,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The broker must welcome a guest within this time.
@@ -63,6 +66,15 @@ impl Served {
                 Ok(())
             }
             Self::Broker(socket) => ask(socket, vmm, hello, streams),
+        }
+    }
+
+    /// The way to a directory that another kernel performs.
+    pub fn files(&mut self, volume: &Volume) -> Result<Arc<FilesRoute>> {
+        match self {
+            Self::Here(here) => volumes::route(&mut here.broker, volume),
+            // Refused when it was read.
+            Self::Broker(_) => bail!("{}: not by another process's broker", volumes::name(volume)),
         }
     }
 

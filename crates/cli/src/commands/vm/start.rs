@@ -2,85 +2,44 @@
 
 use super::VmArgs;
 use crate::commands::program::resolv_conf;
+use crate::commands::volumes::existing;
 use anyhow::{Context, Result, bail};
+use kso_core::files::Volume;
 use kso_wire::Hello;
 use kso_wire::job::{Mount, Start};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// A directory of this host that the guest sees.
+/// A directory that the guest sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Directory {
     /// The name by which it is mounted.
     pub tag: String,
-    /// Where it is here.
-    pub host: PathBuf,
-    /// Where it is in the guest.
-    pub target: PathBuf,
-    /// No writing.
-    pub read_only: bool,
+    /// Where it is, who performs it, and where it is in the guest: at the root, too.
+    pub volume: Volume,
 }
 
-/// The directories: the root first.
-pub fn directories(args: &VmArgs) -> Result<Vec<Directory>> {
+/// The directories: the root first, and what is below another after it.
+pub fn directories(args: &VmArgs, volumes: &[Volume]) -> Result<Vec<Directory>> {
     let root = match &args.root {
         Some(root) => existing(root).with_context(|| format!("--root {}", root.display()))?,
         None => PathBuf::from("/"),
     };
-    let directory = |host, target, read_only| Directory { tag: String::new(), host, target, read_only };
-    let mut all = vec![directory(root, PathBuf::from("/"), true)];
+    let of_host =
+        |source, target, read_only| Volume { kernels: Vec::new(), source, target, read_only, caching: None };
+    let mut all = vec![of_host(root, PathBuf::from("/"), true)];
     let here = std::env::current_dir().context("the current directory cannot be told")?;
+    let named = |target: &Path| volumes.iter().any(|volume| volume.target == target);
     // The root itself is under the overlay already.
-    if args.root.is_none() && here != Path::new("/") {
-        all.push(directory(here.clone(), here, false));
+    if args.root.is_none() && here != Path::new("/") && !named(&here) {
+        all.push(of_host(here.clone(), here, false));
     }
-    for text in &args.volume {
-        let volume = volume(text).with_context(|| format!("-v {}", text.display()))?;
-        all.retain(|other| other.target == Path::new("/") || other.target != volume.target);
-        all.push(volume);
-    }
-    // What is below another is mounted after it.
-    all.sort_by_key(|one| one.target.components().count());
-    for (place, one) in all.iter_mut().enumerate() {
-        one.tag = format!("kso{place}");
-    }
-    Ok(all)
-}
-
-fn existing(path: &Path) -> Result<PathBuf> {
-    let found = path.canonicalize()?;
-    if !found.is_dir() {
-        bail!("it is not a directory");
-    }
-    Ok(found)
-}
-
-/// `HOST:GUEST[:ro]`.
-fn volume(text: &OsStr) -> Result<Directory> {
-    let form = "the form is HOST:GUEST or HOST:GUEST:ro";
-    let bytes = text.as_bytes();
-    let (bytes, read_only) = match bytes.strip_suffix(b":ro") {
-        Some(rest) => (rest, true),
-        None => (bytes.strip_suffix(b":rw").unwrap_or(bytes), false),
-    };
-    let at = bytes.iter().rposition(|&byte| byte == b':').context(form)?;
-    let (host, target) = bytes.split_at(at);
-    let target = target.get(1..).unwrap_or_default();
-    if host.is_empty() || target.is_empty() {
-        bail!(form);
-    }
-    let target = PathBuf::from(OsStr::from_bytes(target));
-    let plain = target.components().all(|part| !matches!(part, std::path::Component::ParentDir));
-    if !target.is_absolute() || !plain || target == Path::new("/") {
-        bail!(
-            "{}: in the guest it needs an absolute path without .., and the root is --root's",
-            target.display()
-        );
-    }
-    let host = existing(Path::new(OsStr::from_bytes(host)))?;
-    Ok(Directory { tag: String::new(), host, target: target.components().collect(), read_only })
+    all.extend(volumes.iter().cloned());
+    all.sort_by_key(|volume| volume.target.components().count());
+    let tagged = all.into_iter().enumerate();
+    Ok(tagged.map(|(place, volume)| Directory { tag: format!("kso{place}"), volume }).collect())
 }
 
 /// What init is told.
@@ -108,8 +67,8 @@ pub fn start(
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let mount = |one: &Directory| Mount {
         tag: one.tag.clone(),
-        target: one.target.as_os_str().as_bytes().to_vec(),
-        read_only: one.read_only,
+        target: one.volume.target.as_os_str().as_bytes().to_vec(),
+        read_only: one.volume.read_only,
     };
     Ok(Start {
         command: args.program.command.iter().map(bytes).collect(),
@@ -140,32 +99,5 @@ fn log_level(verbosity: u8) -> &'static str {
         1 => "info",
         2 => "debug",
         _ => "trace",
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn volumes_are_read() {
-        let of = |text: &str| volume(OsStr::new(text)).map(|one| (one.host, one.target, one.read_only));
-        let tmp = || PathBuf::from("/tmp").canonicalize().unwrap();
-        assert_eq!(of("/tmp:/srv").unwrap(), (tmp(), "/srv".into(), false));
-        assert_eq!(of("/tmp:/srv/:ro").unwrap(), (tmp(), "/srv".into(), true));
-        assert_eq!(of("/tmp:/srv:rw").unwrap(), (tmp(), "/srv".into(), false));
-        for wrong in [
-            "/tmp",
-            ":/srv",
-            "/tmp:",
-            "/tmp:srv",
-            "/tmp:/",
-            "/tmp:/a/../b",
-            "/nonexistent:/srv",
-            "/dev/null:/srv",
-        ] {
-            assert!(of(wrong).is_err(), "{wrong}");
-        }
     }
 }

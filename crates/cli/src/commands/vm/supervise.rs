@@ -47,7 +47,7 @@ struct Supervisor {
     served: Served,
     attachment: Attachment,
     machine: Machine,
-    _files: Vec<FsMount>,
+    files: Vec<FsMount>,
     console: bool,
     /// Until its init runs.
     boots_until: Option<Instant>,
@@ -57,13 +57,14 @@ struct Supervisor {
 /// Runs the program to its end and tells its status.
 pub fn supervise(args: &VmArgs, hello: &Hello) -> Result<u8> {
     let open_files = process::open_files_limit().context("cannot read the limit of open files")?;
-    let directories = start::directories(args)?;
+    let volumes = args.program.volumes()?;
+    let directories = start::directories(args, &volumes)?;
     let start = start::start(args, hello, &directories, open_files)?;
     let kernel = kso_vm::kernels::find(&args.kernel())?;
     // The session comes first: a wrong rule, or a port that is taken, is told before anything starts.
     let mut served = match &args.program.broker {
         Some(path) => Served::broker(path)?,
-        None => Served::here(args.program.broker_config(&[])?)?,
+        None => Served::here(args.program.broker_config(&[], &volumes)?)?,
     };
     raise_open_files(open_files);
     let options = AttachOptions { terminal: args.tty, no_input: false };
@@ -78,7 +79,7 @@ pub fn supervise(args: &VmArgs, hello: &Hello) -> Result<u8> {
     config.talkative = args.console;
     config.append.clone_from(&args.append);
     config.arguments.clone_from(&args.qemu_arg);
-    let (files, systems) = super::files::serve(args, &directories)?;
+    let (files, systems) = super::files::serve(args, &mut served, &directories)?;
     config.file_systems = systems;
     let machine = Machine::start(&config)?;
     // QEMU has its own copies of the sockets: ours would keep the devices from seeing its end.
@@ -88,7 +89,7 @@ pub fn supervise(args: &VmArgs, hello: &Hello) -> Result<u8> {
         served,
         attachment,
         machine,
-        _files: files,
+        files,
         console: args.console,
         boots_until: Some(Instant::now() + args.boot_timeout()),
         boot_timeout: args.boot_timeout(),
@@ -207,11 +208,13 @@ impl Supervisor {
 
     /// Ends the machine and the session; the terminal is the user's again before anything is printed.
     fn end(self, outcome: Outcome) -> Result<u8> {
-        let Self { attachment, mut machine, served, .. } = self;
+        let Self { attachment, mut machine, served, files, .. } = self;
         drop(attachment);
         machine.kill();
         let _ = machine.wait();
         machine.serve_console(&mut |_| {});
+        // The session has the kernels that perform some of them.
+        drop(files);
         drop(served);
         match &outcome {
             Outcome::Failed { reason, .. } => crate::output::error(&anyhow::anyhow!("{reason}")),
