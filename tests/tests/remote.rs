@@ -220,13 +220,22 @@ fn a_dead_provider_resets_connections_and_is_dialled_again() {
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     running.wait_for("error Connection reset by peer");
     drop(first);
-    let _second = provider(&world, &certs);
+    let second = provider(&world, &certs);
     wait_until("the listener", seconds(20), || world.origin.connect("127.0.0.1:8080").is_ok());
     let mut peer = world.origin.connect("127.0.0.1:8080").expect("published there");
     peer.read_exact(&mut text).expect("a greeting");
     peer.write_all(b"again").expect("it reads");
     peer.read_exact(&mut text[..5]).expect("an echo");
     assert_eq!(&text[..5], b"again");
+    // One that hangs is as good as dead, with all that it has.
+    let resets = running.text().matches("error Connection reset").count();
+    second.signal(Signal::STOP);
+    let more = || running.text().matches("error Connection reset").count() > resets;
+    wait_until("a reset", seconds(20), more);
+    second.signal(Signal::KILL);
+    drop(second);
+    let _third = provider(&world, &certs);
+    wait_until("the listener", seconds(20), || world.origin.connect("127.0.0.1:8080").is_ok());
     assert!(running.running(), "the program noticed nothing");
     drop(running);
     world.nothing_left();

@@ -309,7 +309,8 @@ impl Loop {
             tracing::info!(%address, why, "a provider cannot be reached");
             if self.candidates.is_empty() {
                 // Dropped: its end is closed.
-                self.shared.fate.set(format!("{address}: {why}"));
+                let is_one = self.target.addresses.len() == 1;
+                self.shared.fate.set(if is_one { why.to_owned() } else { format!("{address}: {why}") });
             } else {
                 self.shared.desk().orders.push_front(order);
             }
