@@ -36,7 +36,7 @@ pub struct Args {
 
 /// What a directory must have for all workloads.
 pub fn prepare(directory: &Path) -> Result<()> {
-    let block: Vec<u8> = (0..BLOCK).map(|at| (at * 31 >> 3) as u8).collect();
+    let block: Vec<u8> = (0..BLOCK).map(|at| ((at * 31) >> 3) as u8).collect();
     for (name, size) in [("big", BIG), ("10m", 10_000_000), ("100m", 100_000_000)] {
         let mut file = File::create(directory.join(name))?;
         let mut left = usize::try_from(size)?;
