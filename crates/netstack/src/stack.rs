@@ -258,7 +258,11 @@ impl Stack {
             for id in std::mem::take(&mut self.dirty) {
                 self.send(id, link, now);
             }
-            let Some(bytes) = self.egress.take_looped().filter(|_| looped < LOOPED) else { break };
+            // The rest waits for the next turn.
+            if looped >= LOOPED {
+                break;
+            }
+            let Some(bytes) = self.egress.take_looped() else { break };
             looped += 1;
             let kind = if bytes.first().is_some_and(|first| first >> 4 == 4) { Kind::V4 } else { Kind::V6 };
             let places = &self.egress.places;
