@@ -5,7 +5,7 @@
 use kso_tests::{Client, Cmd, Output, Running, World, argv, kso_binary, seconds, sh, wait_until};
 use rustix::process::Signal;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 
 /// Tells everything of a tree that can be told of it.
 const TELL: &str = "find . -printf '%P|%y|%m|%s|%U:%G|%n|%l|%T@\\n' | sort; \
@@ -156,6 +156,13 @@ fn gvisor_performs_the_files_of_a_sandbox() {
     same_tree(&world, &root, |cmd| in_sandbox(&world, &flags, cmd), &mount);
     let out = in_sandbox(&world, &flags, argv(["sh", "-c", CHANGE, "sh", &mount])).run().ok();
     changed(&world, &root, &out);
+    // It acts for the caller.
+    let made = format!(
+        "cd {mount} && mkdir -m 777 open && setpriv --reuid 1000 --regid 1001 --clear-groups touch open/own && stat -c %u:%g open/own"
+    );
+    in_sandbox(&world, &flags, sh(made)).run().ok().shows("1000:1001");
+    let made = fs::metadata(format!("{root}/open/own")).expect("made");
+    assert_eq!((made.uid(), made.gid()), (1000, 1001));
     let refused = format!("--external box=gvisor,share={root}:ro -v box:{root}:{mount}");
     let out = in_sandbox(&world, &refused, sh(format!("echo x > {mount}/page"))).run();
     assert!(out.errors().contains("Read-only file system"), "{}", out.report());
@@ -216,6 +223,30 @@ fn an_open_file_moves_to_the_next_kernel() {
     running.wait_for("read againe");
     running.finish(seconds(60)).ok();
     drop((first, _second, third));
+    world.nothing_left();
+}
+
+#[test]
+fn a_program_goes_on_when_gvisor_dies() {
+    if !installed_gvisor() {
+        return;
+    }
+    let world = World::new();
+    let (root, mount) = (place(&world, "tree"), place(&world, "mount"));
+    fs::write(format!("{root}/file"), "before").expect("a file");
+    let flags = format!("--external box=gvisor,share={root} -v box,host:{root}:{mount}:cache=none");
+    let list = format!("while read line; do cat {mount}/file; echo; echo done $line; done");
+    let mut running = in_sandbox(&world, &flags, sh(list).hold().limit(seconds(120))).spawn();
+    running.send("1\n");
+    running.wait_for("done 1");
+    let sandbox = sh(format!("pgrep -f 'runsc-sandbox.*kso-{}-'", running.pid())).run().ok();
+    let pid = sandbox.text().split_whitespace().next().and_then(|pid| pid.parse().ok());
+    let pid = rustix::process::Pid::from_raw(pid.expect("gVisor runs")).expect("a process");
+    rustix::process::kill_process(pid, Signal::KILL).expect("it is ours");
+    running.send("2\n");
+    running.wait_for("done 2");
+    let out = running.finish(seconds(60)).ok();
+    assert_eq!(out.text().matches("before").count(), 2, "{}", out.report());
     world.nothing_left();
 }
 
