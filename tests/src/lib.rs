@@ -18,6 +18,7 @@
 
 mod client;
 mod command;
+pub mod conformance;
 mod leaks;
 mod netns;
 mod origin;

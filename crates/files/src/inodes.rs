@@ -5,6 +5,7 @@
 //! file system has them. A node lives as long as the client remembers having looked it up.
 
 use crate::handles::Handle;
+use crate::passthrough::Backing;
 use crate::share::Region;
 use crate::slots::Slots;
 use kso_sys::file::FileHandle;
@@ -62,6 +63,7 @@ pub(crate) struct Inode {
     pub kept: Mutex<Option<Stamp>>,
     /// What is read through when the client opens without telling.
     pub implicit: Mutex<Option<Arc<Handle>>>,
+    pub backing: Mutex<Backing>,
 }
 
 #[derive(Debug)]
@@ -206,6 +208,7 @@ impl Inodes {
                 locked: AtomicBool::new(false),
                 kept: Mutex::new(None),
                 implicit: Mutex::new(None),
+                backing: Mutex::default(),
             });
             made = Some(inode.clone());
             Known { inode, lookups: 1 }

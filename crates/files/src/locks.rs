@@ -70,9 +70,17 @@ impl Wanted {
     }
 }
 
+/// What an owner holds its locks of a file by, and the client's process that took one last.
+#[derive(Debug)]
+struct Owned {
+    file: Arc<OwnedFd>,
+    process: u32,
+}
+
 #[derive(Debug, Default)]
 struct State {
-    owners: HashMap<(u64, u64), Arc<OwnedFd>>,
+    /// By file and owner.
+    owners: HashMap<(u64, u64), Owned>,
     waiting: Vec<(u64, Wanted)>,
     running: bool,
 }
@@ -97,11 +105,6 @@ pub(crate) fn range(lock: &FileLock) -> Result<RangeLock, Errno> {
     Ok(RangeLock { kind, start, length })
 }
 
-/// A lock that is in the way, and whose it is.
-pub(crate) fn conflict(file: &OwnedFd, range: RangeLock) -> Result<Option<(RangeLock, i32)>, Errno> {
-    range.conflict(file.as_fd()).map_err(|error| errno(&error))
-}
-
 impl Locks {
     pub fn new(completer: Option<Arc<dyn Completer>>) -> Arc<Self> {
         let completer = completer.unwrap_or_else(|| Arc::new(Nobody));
@@ -123,11 +126,18 @@ impl Locks {
         completer.complete(unique, error);
     }
 
-    /// The descriptor by which an owner holds its locks of a file.
-    pub fn owned(&self, service: &Service, inode: &Inode, owner: u64) -> Result<Arc<OwnedFd>, Errno> {
+    /// The descriptor by which an owner holds its locks of a file, for `process` to take one.
+    pub fn owned(
+        &self,
+        service: &Service,
+        inode: &Inode,
+        owner: u64,
+        process: u32,
+    ) -> Result<Arc<OwnedFd>, Errno> {
         let key = (inode.id, owner);
-        if let Some(file) = lock(&self.state).owners.get(&key) {
-            return Ok(file.clone());
+        if let Some(owned) = lock(&self.state).owners.get_mut(&key) {
+            owned.process = process;
+            return Ok(owned.file.clone());
         }
         let file = match service.reopen(inode, OFlags::RDWR) {
             Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) => {
@@ -139,16 +149,41 @@ impl Locks {
         if state.owners.len() >= MAX_OWNERS {
             return Err(Errno::NOLCK);
         }
-        Ok(state.owners.entry(key).or_insert_with(|| Arc::new(file)).clone())
+        let owned = state.owners.entry(key).or_insert_with(|| Owned { file: Arc::new(file), process });
+        Ok(owned.file.clone())
+    }
+
+    /// A lock that is in the way of what `owner` wants, and the client's process that has it: 0 if none of them does.
+    /// Whoever only asks needs no descriptor of its own, which nobody would close: `handle` has no such lock.
+    pub fn conflict(
+        &self,
+        handle: &Handle,
+        owner: u64,
+        wanted: RangeLock,
+    ) -> Result<Option<(RangeLock, u32)>, Errno> {
+        let node = handle.inode.id;
+        let own = lock(&self.state).owners.get(&(node, owner)).map(|owned| owned.file.clone());
+        let file = own.as_deref().unwrap_or(&handle.file);
+        let found = wanted.conflict(file.as_fd()).map_err(|error| errno(&error))?;
+        // What the kernel tells of it is a process of the host's, or nothing: of an open file description of ours either.
+        Ok(found.map(|found| (found, self.holder(node, owner, found))))
+    }
+
+    /// The client's process whose owner holds a lock: its descriptor tells (proc_pid_fdinfo(5)).
+    fn holder(&self, node: u64, except: u64, found: RangeLock) -> u32 {
+        let state = lock(&self.state);
+        let mut others = state.owners.iter().filter(|((file, owner), _)| *file == node && *owner != except);
+        let holds = |owned: &Owned| kso_sys::file::range_locks(owned.file.as_fd()).contains(&found);
+        others.find(|(_, owned)| holds(owned)).map_or(0, |(_, owned)| owned.process)
     }
 
     /// All locks of an owner on a file end.
     pub fn release(self: &Arc<Self>, inode: &Inode, owner: u64) {
         let mut state = lock(&self.state);
-        let file = state.owners.remove(&(inode.id, owner));
+        let owned = state.owners.remove(&(inode.id, owner));
         let waiting = !state.waiting.is_empty();
         drop(state);
-        drop(file);
+        drop(owned);
         if waiting {
             self.changed.notify_one();
         }

@@ -176,11 +176,11 @@ impl RangeLock {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// A lock that is in its way, and the process that has it, if it is one's (`F_OFD_GETLK`).
+    /// A lock that is in its way (`F_OFD_GETLK`).
     ///
     /// # Errors
     /// What fcntl(2) says.
-    pub fn conflict(self, file: BorrowedFd<'_>) -> io::Result<Option<(Self, i32)>> {
+    pub fn conflict(self, file: BorrowedFd<'_>) -> io::Result<Option<Self>> {
         let mut raw = self.raw();
         // SAFETY: the kernel reads and writes one flock.
         let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut raw) };
@@ -188,8 +188,35 @@ impl RangeLock {
             return Err(io::Error::last_os_error());
         }
         let found = Self { kind: raw.l_type, start: raw.l_start, length: raw.l_len };
-        Ok((i32::from(raw.l_type) != libc::F_UNLCK).then_some((found, raw.l_pid)))
+        Ok((i32::from(raw.l_type) != libc::F_UNLCK).then_some(found))
     }
+}
+
+/// The locks of ranges that an open file description holds, as /proc tells (proc_pid_fdinfo(5)); none where it is not there.
+#[must_use]
+pub fn range_locks(file: BorrowedFd<'_>) -> Vec<RangeLock> {
+    let path = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(range_lock).collect()
+}
+
+/// A line like `lock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:1234 0 EOF` (lock_get_status, fs/locks.c).
+fn range_lock(line: &str) -> Option<RangeLock> {
+    let mut words = line.strip_prefix("lock:")?.split_whitespace().skip(1);
+    if words.next()? != "OFDLCK" {
+        return None;
+    }
+    let kind = match words.nth(1)? {
+        "READ" => libc::F_RDLCK,
+        "WRITE" => libc::F_WRLCK,
+        _ => return None,
+    };
+    let start: i64 = words.nth(2)?.parse().ok()?;
+    let length = match words.next()? {
+        "EOF" => 0,
+        end => end.parse::<i64>().ok()?.checked_sub(start)?.checked_add(1)?,
+    };
+    Some(RangeLock { kind: kind as i16, start, length })
 }
 
 /// `struct fsxattr` (ioctl `FS_IOC_FSGETXATTR`), as bytes: it is only passed through.
@@ -304,5 +331,38 @@ mod tests {
         }
         let other = std::fs::File::create(&path).unwrap();
         assert_ne!(FileHandle::of(other.as_fd()).unwrap().digest(), handle.digest());
+    }
+
+    #[test]
+    fn a_description_tells_its_locks_of_ranges() {
+        let path = std::env::temp_dir().join(format!("kso-range-locks-{}", std::process::id()));
+        let file = std::fs::File::create(&path).unwrap();
+        let other = std::fs::File::options().write(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(range_locks(file.as_fd()), []);
+        let write = RangeLock { kind: libc::F_WRLCK as i16, start: 5, length: 7 };
+        let rest = RangeLock { kind: libc::F_WRLCK as i16, start: 100, length: 0 };
+        write.set(file.as_fd()).unwrap();
+        rest.set(file.as_fd()).unwrap();
+        assert_eq!(range_locks(file.as_fd()), [write, rest]);
+        assert_eq!(range_locks(other.as_fd()), []);
+        assert_eq!(RangeLock { start: 0, length: 50, ..write }.conflict(other.as_fd()).unwrap(), Some(write));
+        assert_eq!(RangeLock { start: 50, length: 0, ..write }.conflict(other.as_fd()).unwrap(), Some(rest));
+    }
+
+    #[test]
+    fn other_lines_tell_of_no_lock_of_a_range() {
+        for line in [
+            "pos:\t0",
+            "lock:\t1: FLOCK  ADVISORY  WRITE 7 fe:00:12 0 EOF",
+            "lock:\t1: POSIX  ADVISORY  WRITE 7 fe:00:12 0 EOF",
+            "lock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:12 9 x",
+            "lock:\t1: OFDLCK",
+            "lock:",
+        ] {
+            assert_eq!(range_lock(line), None, "{line}");
+        }
+        let line = "lock:\t1: OFDLCK ADVISORY  READ  -1 fe:00:12 3 3";
+        assert_eq!(range_lock(line), Some(RangeLock { kind: libc::F_RDLCK as i16, start: 3, length: 1 }));
     }
 }

@@ -6,6 +6,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{Bytes, GuestAddress};
 
+/// Replies that came before their requests were parked: a moment's matter, unless a guest gives one number to two requests.
+const MAX_EARLY: usize = 1024;
+
 /// Where a reply belongs.
 pub(super) struct Parked {
     pub queue: Arc<Queue>,
@@ -64,9 +67,10 @@ impl Completer for Late {
                 drop(state);
                 parked.reply(reply);
             }
-            None => {
+            None if state.early.len() < MAX_EARLY => {
                 state.early.insert(ticket, reply.to_vec());
             }
+            None => tracing::debug!(ticket, "a guest gives its requests the same numbers"),
         }
     }
 }
@@ -86,5 +90,19 @@ impl Parked {
         if let Err(error) = pushed.and_then(|()| ring.signal()) {
             tracing::debug!(%error, "a late reply");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_that_nobody_fetches_are_few() {
+        let late = Late::default();
+        for unique in 0..100_000 {
+            late.complete(unique, 4);
+        }
+        assert_eq!(late.state().early.len(), MAX_EARLY);
     }
 }

@@ -147,6 +147,9 @@ bitflags! {
         const CTIME = 1 << 10;
         /// The caller may not keep setuid and setgid bits.
         const KILL_SUIDGID = 1 << 11;
+        /// Anything that a program asks to be changed.
+        const CHANGES = Self::MODE.bits() | Self::UID.bits() | Self::GID.bits() | Self::SIZE.bits() | Self::ATIME.bits()
+            | Self::MTIME.bits();
     }
 }
 

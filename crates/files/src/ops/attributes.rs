@@ -12,7 +12,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// `UTIME_NOW` and `UTIME_OMIT` of utimensat(2).
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
@@ -137,6 +137,9 @@ impl Worker {
             true => Some(self.service.handles.get(set.fh, inode.id)?),
             false => None,
         };
+        if !valid.intersects(Valid::CHANGES) {
+            self.clear_bits(header, descriptor)?;
+        }
         if valid.intersects(Valid::UID | Valid::GID) {
             let user = valid.contains(Valid::UID).then_some(set.uid);
             let group = valid.contains(Valid::GID).then_some(set.gid);
@@ -195,6 +198,19 @@ impl Worker {
         }
         let stat = attributes(descriptor, WANTED)?;
         self.put_attributes(&inode, &stat)
+    }
+
+    /// A request to change nothing. It is chown(2) to nobody, which clears setuid and setgid bits as any other (`chown_common`,
+    /// fs/open.c), and what Linux sends before some writes. The owner and root may do the first; others must not fail at the
+    /// second, whose own request clears the bits, unless it passes the service by.
+    fn clear_bits(&mut self, header: &InHeader, descriptor: BorrowedFd<'_>) -> Result<()> {
+        let stat = attributes(descriptor, WANTED)?;
+        let (owner, _) = self.actor.seen(stat.stx_uid, stat.stx_gid);
+        if header.uid == 0 || header.uid == owner || self.service.passes_through() {
+            self.actor.act(header.uid, header.gid, header.uid == 0)?;
+            rustix::fs::chownat(descriptor, c"", None, None, AtFlags::EMPTY_PATH)?;
+        }
+        Ok(())
     }
 
     /// Performs what needs a name: the node's in /proc/self/fd, which the kernel resolves to the node itself.

@@ -189,7 +189,9 @@ fn transfer(
     let mut rest = Vec::new();
     let mut done = 0;
     while done < total {
-        let position = offset.checked_add(done as u64).ok_or(Errno::INVAL)?;
+        // To pwritev2(2) an offset of -1 is where the file stands.
+        let position = offset.checked_add(done as u64).filter(|position| *position <= i64::MAX as u64);
+        let position = position.ok_or(Errno::INVAL)?;
         let left = if done == 0 {
             pieces.slices()
         } else {

@@ -18,9 +18,8 @@ impl Worker {
             return Err(Errno::NOSYS);
         }
         let handle = self.service.handles.get(wanted.fh, node)?;
-        handle.inode.mark_locked();
-        let file = self.service.locks.owned(&self.service, &handle.inode, wanted.owner)?;
-        let lk = match crate::locks::conflict(&file, range(&wanted.lk)?)? {
+        let found = self.service.locks.conflict(&handle, wanted.owner, range(&wanted.lk)?)?;
+        let lk = match found {
             Some((found, process)) => FileLock {
                 start: found.start.cast_unsigned(),
                 end: match found.length {
@@ -28,8 +27,7 @@ impl Worker {
                     length => (found.start + length - 1).cast_unsigned(),
                 },
                 kind: u32::from(found.kind.cast_unsigned()),
-                // A process of the host's, or an open file description of this service's: none that the client knows.
-                pid: u32::try_from(process).unwrap_or(0),
+                pid: process,
             },
             None => FileLock { kind: NONE, ..wanted.lk },
         };
@@ -57,7 +55,8 @@ impl Worker {
                 owners.push(wanted.owner);
             }
             drop(owners);
-            let file = self.service.locks.owned(&self.service, &handle.inode, wanted.owner)?;
+            let (owner, process) = (wanted.owner, wanted.lk.pid);
+            let file = self.service.locks.owned(&self.service, &handle.inode, owner, process)?;
             Wanted::Range(file, range(&wanted.lk)?)
         };
         match wanted.attempt() {

@@ -3,6 +3,7 @@
 use crate::abi::{self, CreateIn, Features, FlushIn, InHeader, OpenIn, OpenOut, OpenReply, ReleaseIn};
 use crate::handles::Handle;
 use crate::inodes::{Inode, Stamp, lock};
+use crate::passthrough::Passthrough;
 use crate::request::{Name, Request};
 use crate::service::{WANTED, attributes};
 use crate::share::Cache;
@@ -10,7 +11,7 @@ use crate::worker::{Answer, Result, Worker};
 use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
 use rustix::path::DecInt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -93,22 +94,27 @@ impl Worker {
         if !(self.service.has(Features::WRITEBACK_CACHE) || locked) {
             reply |= OpenReply::NOFLUSH;
         }
-        let backing = self.backing(file.as_fd());
+        let backing = self.passing().and_then(|passthrough| passthrough.share(&inode, file.as_fd()));
         if backing.is_some() {
             reply = OpenReply::PASSTHROUGH | (reply & OpenReply::NOFLUSH);
         }
-        let handle = Handle::new(inode, file);
+        let handle = Arc::new(Handle::new(inode, file));
         *lock(&handle.backing) = backing;
-        let fh = self.service.handles.insert(Arc::new(handle))?;
+        let fh = self.service.handles.insert(handle.clone()).inspect_err(|_| self.let_go(&handle))?;
         Ok(OpenOut { fh, open_flags: reply.bits(), backing_id: backing.unwrap_or(0) })
     }
 
-    /// The kernel's number of a file that reads and writes can go to directly.
-    fn backing(&self, file: BorrowedFd<'_>) -> Option<i32> {
-        if !self.service.passes_through() {
-            return None;
+    /// How the kernel is told of files that reads and writes can go to directly, if it wants to know.
+    fn passing(&self) -> Option<&Passthrough> {
+        self.passthrough.as_deref().filter(|_| self.service.passes_through())
+    }
+
+    fn let_go(&self, handle: &Handle) {
+        if let Some(passthrough) = self.passing()
+            && handle.inode.is_file()
+        {
+            passthrough.let_go(&handle.inode, lock(&handle.backing).take().is_some());
         }
-        self.passthrough.as_ref()?.register(file)
     }
 
     pub(crate) fn create(&mut self, request: &Request<'_>, create: CreateIn, name: Name<'_>) -> Result {
@@ -126,6 +132,11 @@ impl Worker {
                 (inode, stat, file)
             }
             Err(Errno::EXIST) if !OFlags::from_bits_retain(create.flags).contains(OFlags::EXCL) => {
+                // Somebody else made it since the client looked, and for a file that CREATE opens the client asks no
+                // permission: it looks again, and asks. Root needs none.
+                if request.header.uid != 0 {
+                    return Err(Errno::STALE);
+                }
                 let (inode, stat) = self.find(&parent, name.as_c_str())?;
                 let opened = self.actor.act(
                     request.header.uid,
@@ -204,11 +215,7 @@ impl Worker {
         for owner in std::mem::take(&mut *lock(&handle.owners)) {
             self.service.locks.release(&handle.inode, owner);
         }
-        if let Some(backing) = lock(&handle.backing).take()
-            && let Some(passthrough) = &self.passthrough
-        {
-            passthrough.unregister(backing);
-        }
+        self.let_go(&handle);
         drop(handle);
         self.service.locks.retry();
         Ok(Answer::Done)
