@@ -13,7 +13,7 @@ const BUSY: &str = "import socket,os,time\n\
     os.fork()\n\
     print('ready', flush=True); time.sleep(100)\n";
 
-fn qemu_of(world: &World) -> Pid {
+pub(crate) fn qemu_of(world: &World) -> Pid {
     let found = world.processes().into_iter().find(|(_, line)| line.contains("qemu-system"));
     let (pid, _) = found.expect("QEMU runs");
     Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("a pid")

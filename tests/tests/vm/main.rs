@@ -3,6 +3,7 @@
 //! What programs do in a guest is tested by the other suites with `KSO_TEST_CLIENT=vm`.
 #![forbid(unsafe_code)]
 
+mod conformance;
 mod files;
 mod hostile;
 mod killed;
