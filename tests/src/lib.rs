@@ -19,6 +19,7 @@
 mod client;
 mod command;
 pub mod conformance;
+mod external;
 mod leaks;
 mod netns;
 mod origin;
@@ -30,6 +31,7 @@ mod world;
 
 pub use client::Client;
 pub use command::{Cmd, Output, Running, argv, sh};
+pub use external::{Death, External};
 pub use leaks::{Resources, marked_processes, wait_gone};
 pub use netns::Netns;
 pub use origin::{EchoServer, FullBacklog, HttpOrigin, UdpEcho};

@@ -29,8 +29,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a kernel may take to start.
-const START: Duration = Duration::from_secs(20);
+/// How long a kernel may take to start, at most: longer than it takes to notice that one hangs.
+const START: Duration = Duration::from_secs(130);
 /// Time between looks whether listeners still live.
 const LOOK: Duration = Duration::from_millis(250);
 /// A listener that no kernel takes is offered again after this time.

@@ -5,6 +5,7 @@
 //!   --kernel 'web=gvisor,address=10.77.0.2/24,attach=bridge:br0'
 //!   --kernel 'netstack,address=10.77.0.2/24,gateway=10.77.0.1'
 //!   --external 'box=gvisor,share=/srv,share=/etc/ssl:ro'   directories that it can serve
+//!   --external 'deb=vm,kernel=6.12,memory=512M,disk=/images/srv.ext4@/srv:ro'     ,, stands for a comma
 //! ```
 //!
 //! ```toml
@@ -23,6 +24,14 @@
 //! cert = "certs/broker.pem"
 //! key = "certs/broker.key"
 //! server_name = "p"              # as its certificate calls it, if that is not the address
+//!
+//! [kernel.deb]
+//! make = "vm"
+//! kernel = "6.12"                # of `kso kernels`, or the path of an image; otherwise the newest
+//! memory = "512M"
+//! disk = ["/images/srv.ext4@/srv:ro"]
+//! append = ["loglevel=7"]        # more words for its kernel
+//! qemu = ["-monitor", "unix:/run/vm,server=on,wait=off"]   # more words for QEMU
 //! ```
 
 mod remote;
@@ -30,6 +39,7 @@ mod remote;
 use crate::files::Shared;
 use crate::routes::is_kernel_name;
 use ipnet::IpNet;
+use kso_wire::machine;
 pub use remote::Remote;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -51,11 +61,14 @@ pub enum Make {
     Provider,
     /// A provider somewhere else, over TLS.
     Remote,
+    /// A Linux of any version in a virtual machine, with a provider inside.
+    Vm,
 }
 
 impl Make {
     /// All there are.
-    pub const ALL: [Self; 5] = [Self::Host, Self::Gvisor, Self::Netstack, Self::Provider, Self::Remote];
+    pub const ALL: [Self; 6] =
+        [Self::Host, Self::Gvisor, Self::Netstack, Self::Provider, Self::Remote, Self::Vm];
 
     /// As it is written.
     #[must_use]
@@ -66,6 +79,7 @@ impl Make {
             Self::Netstack => "netstack",
             Self::Provider => "provider",
             Self::Remote => "remote",
+            Self::Vm => "vm",
         }
     }
 }
@@ -103,7 +117,46 @@ pub struct KernelSpec {
     pub remote: Option<Remote>,
     /// Directories of this host that it can serve.
     pub shares: Vec<Shared>,
+    /// What a virtual machine is.
+    pub machine: MachineSpec,
 }
+
+/// A virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineSpec {
+    /// A version of `kso kernels`, or the path of an image; `None`: the newest there is.
+    pub kernel: Option<String>,
+    /// Memory, MiB.
+    pub memory: u32,
+    /// Disks with file systems.
+    pub disks: Vec<DiskSpec>,
+    /// More words for its kernel's command line.
+    pub append: Vec<String>,
+    /// More words for QEMU.
+    pub qemu: Vec<String>,
+}
+
+impl Default for MachineSpec {
+    fn default() -> Self {
+        Self { kernel: None, memory: MEMORY, disks: Vec::new(), append: Vec::new(), qemu: Vec::new() }
+    }
+}
+
+/// A disk of a virtual machine: an ext4 image, and where it is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// The image here.
+    pub image: PathBuf,
+    /// The mount point there.
+    pub target: String,
+    /// No writing.
+    pub read_only: bool,
+}
+
+/// Memory of a virtual machine unless told, MiB.
+const MEMORY: u32 = 256;
+/// Least and most of it.
+const MEMORIES: std::ops::RangeInclusive<u32> = 96..=1 << 20;
 
 /// A kernel that cannot be understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -130,6 +183,11 @@ pub struct Settings {
     key: Option<PathBuf>,
     server_name: Option<String>,
     share: Vec<String>,
+    kernel: Option<String>,
+    memory: Option<String>,
+    disk: Vec<String>,
+    append: Vec<String>,
+    qemu: Vec<String>,
 }
 
 fn one_or_more<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
@@ -143,6 +201,75 @@ fn one_or_more<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>,
         Either::One(text) => vec![text],
         Either::More(texts) => texts,
     })
+}
+
+impl Settings {
+    /// Something that only a virtual machine has.
+    fn of_machines(&self) -> Option<&'static str> {
+        [
+            ("kernel", self.kernel.is_some()),
+            ("memory", self.memory.is_some()),
+            ("disk", !self.disk.is_empty()),
+            ("append", !self.append.is_empty()),
+            ("qemu", !self.qemu.is_empty()),
+        ]
+        .into_iter()
+        .find_map(|(name, set)| set.then_some(name))
+    }
+
+    fn machine(&self) -> Result<MachineSpec, String> {
+        if self.disk.len() > machine::MAX_EACH {
+            return Err(format!("at most {} disks", machine::MAX_EACH));
+        }
+        Ok(MachineSpec {
+            kernel: self.kernel.clone(),
+            memory: self.memory.as_deref().map_or(Ok(MEMORY), memory)?,
+            disks: self.disk.iter().map(|text| disk(text)).collect::<Result<_, _>>()?,
+            append: self.append.clone(),
+            qemu: self.qemu.clone(),
+        })
+    }
+}
+
+/// A number of MiB, or one with a unit.
+fn memory(text: &str) -> Result<u32, String> {
+    let (number, factor) = match text.trim_end_matches(['i', 'B', 'b']) {
+        text if text.ends_with(['M', 'm']) => (text.trim_end_matches(['M', 'm']), 1),
+        text if text.ends_with(['G', 'g']) => (text.trim_end_matches(['G', 'g']), 1024),
+        text => (text, 1),
+    };
+    let size = number.parse::<u32>().ok().and_then(|number| number.checked_mul(factor));
+    size.filter(|size| MEMORIES.contains(size)).ok_or_else(|| {
+        format!("`{text}` is no memory of at least {} MiB, such as 256M or 1G", MEMORIES.start())
+    })
+}
+
+/// `IMAGE@/TARGET[:ro]`.
+fn disk(text: &str) -> Result<DiskSpec, String> {
+    let form = || format!("`{text}`: a disk is IMAGE@/MOUNT/POINT, or with :ro");
+    let (rest, read_only) = match text.strip_suffix(":ro") {
+        Some(rest) => (rest, true),
+        None => (text.strip_suffix(":rw").unwrap_or(text), false),
+    };
+    let (image, target) = rest.rsplit_once('@').filter(|(image, _)| !image.is_empty()).ok_or_else(form)?;
+    if !machine::is_target(target) {
+        return Err(format!("{}, whose path is absolute and of letters, digits and ._-+%", form()));
+    }
+    Ok(DiskSpec { image: image.into(), target: target.to_owned(), read_only })
+}
+
+/// Splits at commas; two of them stand for one.
+fn words(text: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut characters = text.chars().peekable();
+    while let Some(c) = characters.next() {
+        if c == ',' && characters.next_if_eq(&',').is_none() {
+            words.push(String::new());
+        } else if let Some(word) = words.last_mut() {
+            word.push(c);
+        }
+    }
+    words
 }
 
 impl KernelSpec {
@@ -190,6 +317,12 @@ impl KernelSpec {
         }
         let share =
             |text: &String| Shared::parse(text.as_ref()).map_err(|wrong| error(format!("share={wrong}")));
+        if make != Make::Vm
+            && let Some(setting) = settings.of_machines()
+        {
+            return Err(error(format!("`{setting}` is for make vm only")));
+        }
+        let machine = settings.machine().map_err(error)?;
         let patience = settings.patience_ms.map_or(Self::PATIENCE, Duration::from_millis);
         if patience < Duration::from_millis(50) {
             return Err(error("patience_ms is at least 50".into()));
@@ -204,6 +337,7 @@ impl KernelSpec {
             path: settings.path,
             remote,
             shares: settings.share.iter().map(share).collect::<Result<_, _>>()?,
+            machine,
         })
     }
 
@@ -222,8 +356,8 @@ impl KernelSpec {
             None => (text, text.to_owned()),
         };
         let error = |why: String| KernelError { name: name.to_owned(), why };
-        let mut words = rest.split(',');
-        let mut settings = Settings { make: words.next().map(str::to_owned), ..Settings::default() };
+        let mut words = words(&rest).into_iter();
+        let mut settings = Settings { make: words.next(), ..Settings::default() };
         for word in words {
             let Some((key, value)) = word.split_once('=') else {
                 return Err(error(format!("`{word}` is no setting: address=10.77.0.2/24")));
@@ -238,13 +372,19 @@ impl KernelSpec {
                 "key" => settings.key = Some(value.into()),
                 "server_name" => settings.server_name = Some(value.to_owned()),
                 "share" => settings.share.push(value.to_owned()),
+                "kernel" => settings.kernel = Some(value.to_owned()),
+                "memory" => settings.memory = Some(value.to_owned()),
+                "disk" => settings.disk.push(value.to_owned()),
+                "append" => settings.append.push(value.to_owned()),
+                "qemu" => settings.qemu.push(value.to_owned()),
                 "patience_ms" => {
                     settings.patience_ms =
                         Some(value.parse().map_err(|_| error(format!("`{value}` is no number")))?);
                 }
                 _ => {
                     return Err(error(format!(
-                        "`{key}` is no setting: address, gateway, attach, path, share, ca, cert, key, server_name or patience_ms"
+                        "`{key}` is no setting: address, gateway, attach, path, patience_ms, share, for make remote ca, cert, key, \
+                         server_name, or for make vm kernel, memory, disk, append, qemu"
                     )));
                 }
             }
@@ -282,6 +422,21 @@ mod tests {
     }
 
     #[test]
+    fn a_virtual_machine_is_read_in_both_forms() {
+        let text = "make = \"vm\"\nkernel = \"6.12\"\nmemory = \"1G\"\ndisk = [\"/a,b@c.img@/srv:ro\", \"d@/d\"]\n\
+                    append = [\"a=1,2\"]\nqemu = [\"-monitor\", \"unix:/m,server=on\"]";
+        let written = KernelSpec::new("deb", toml::from_str(text).unwrap()).unwrap();
+        let short = "deb=vm,kernel=6.12,memory=1024,disk=/a,,b@c.img@/srv:ro,disk=d@/d,append=a=1,,2,qemu=-monitor,\
+                     qemu=unix:/m,,server=on";
+        assert_eq!(written, KernelSpec::parse(short).unwrap());
+        let MachineSpec { kernel, memory, disks, .. } = written.machine;
+        assert_eq!((kernel.as_deref(), memory), (Some("6.12"), 1024));
+        let disk = DiskSpec { image: "/a,b@c.img".into(), target: "/srv".into(), read_only: true };
+        assert_eq!((disks.first(), disks.len()), (Some(&disk), 2));
+        assert_eq!(KernelSpec::parse("vm").unwrap().machine, MachineSpec::default());
+    }
+
+    #[test]
     fn errors_say_what_to_do() {
         for (text, why) in [
             ("linux", "no make"),
@@ -293,6 +448,11 @@ mod tests {
             ("x=provider,path=/p,share=/srv", "kso provide --share"),
             ("x=gvisor,share=srv", "absolute"),
             ("x=gvisor,patience_ms=1", "at least 50"),
+            ("x=gvisor,kernel=6.12", "for make vm only"),
+            ("x=vm,memory=64M", "at least 96 MiB"),
+            ("x=vm,disk=/a.img", "IMAGE@/MOUNT/POINT"),
+            ("x=vm,disk=/a.img@srv", "absolute"),
+            ("x=vm,disk=/a.img@/s rv", "absolute"),
         ] {
             let error = KernelSpec::parse(text).unwrap_err().to_string();
             assert!(error.contains(why), "{error}");

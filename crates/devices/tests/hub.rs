@@ -83,6 +83,30 @@ fn bytes_and_halves() {
 }
 
 #[test]
+fn a_far_end_that_is_closed_early_is_a_reset_where_that_is_wanted() {
+    let mut f = Fixture::new();
+    f.hub.pass_resets();
+    let mut far = f.connect(1);
+    far.write_all(b"last").unwrap();
+    drop(far);
+    f.settle();
+    assert_eq!(f.driver.next().unwrap().1, b"last");
+    f.driver.expect(Op::Reset);
+    f.ended(1, 0, 4, Some(Errno::ECONNRESET));
+    // One that is shut down is not.
+    let far = f.connect(2);
+    far.shutdown(Shutdown::Write).unwrap();
+    f.settle();
+    assert_eq!(f.driver.expect(Op::Shutdown).flags, NO_SEND);
+    // Nor is one whose other half has ended already.
+    let far = f.connect(3);
+    f.shutdown(3, NO_SEND);
+    drop(far);
+    f.settle();
+    assert_eq!(f.driver.expect(Op::Shutdown).flags, NO_SEND);
+}
+
+#[test]
 fn refusals() {
     let mut f = Fixture::new();
     f.driver.packet(key(1), Op::Request, &[]);

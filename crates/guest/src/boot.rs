@@ -1,5 +1,6 @@
 //! The first steps: what every program needs to see of its kernel, and the modules that lead to the host.
 
+use kso_wire::machine::Machine;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
 use std::ffi::CStr;
@@ -37,6 +38,12 @@ pub fn boot() -> Result<(), String> {
 /// Whether this word is on the kernel's command line.
 pub fn has_word(word: &str) -> bool {
     fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|one| one == word))
+}
+
+/// What this guest is as an external kernel, if it is one.
+pub fn provider() -> Result<Option<Machine>, String> {
+    let line = fs::read_to_string("/proc/cmdline").map_err(|error| format!("cannot read /proc: {error}"))?;
+    Machine::parse(&line).map_err(|error| error.to_string())
 }
 
 /// mount(2), with the words of an error.

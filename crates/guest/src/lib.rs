@@ -14,6 +14,9 @@
 //!
 //! In a guest that is somebody else's, [`resident`] runs one program beside whatever else there is.
 //!
+//! With `kso.provide` on the kernel's command line ([`kso_wire::machine`]) the guest is no place for programs but an external
+//! kernel: a network card, disks, and a provider that a broker on the host commands.
+//!
 //! It takes no decision of policy: everything here is as hostile to the outside as the guest's programs may make it.
 #![forbid(unsafe_code)]
 
@@ -23,6 +26,7 @@ mod init;
 mod job;
 mod machine;
 mod mounts;
+mod provider;
 pub mod resident;
 mod streams;
 

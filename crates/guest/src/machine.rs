@@ -29,9 +29,7 @@ const SETTINGS: &[(&str, &str)] = &[
 
 /// Gives the kernel its settings, its name and its clock.
 pub fn settle(start: &Start) -> Result<(), String> {
-    for (name, value) in SETTINGS {
-        let _ = fs::write(format!("/proc/sys/{name}"), value);
-    }
+    settings();
     let (_, hard) = start.open_files;
     let highest =
         fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse::<u64>().ok());
@@ -52,6 +50,13 @@ pub fn settle(start: &Start) -> Result<(), String> {
         tracing::debug!(%error, most, "the limit of open files stays");
     }
     Ok(())
+}
+
+/// Gives the kernel its settings.
+pub fn settings() {
+    for (name, value) in SETTINGS {
+        let _ = fs::write(format!("/proc/sys/{name}"), value);
+    }
 }
 
 /// The guest's network.

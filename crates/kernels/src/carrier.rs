@@ -3,7 +3,7 @@
 use kso_wire::provide::Ticket;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Makes the streams of such a kernel. It may have threads of its own, or be served by the loop of its kernel, which then polls
 /// [`Self::poll_fds`] and calls [`Self::run_ready`]. Nothing here waits. It is made, used and dropped on one thread.
@@ -14,6 +14,11 @@ pub trait Carrier {
     /// # Errors
     /// `EMFILE`, or it cannot be carried for sure.
     fn open(&mut self, ticket: Ticket) -> io::Result<OwnedFd>;
+
+    /// How long the provider may take to say welcome, if a usual time does not do: the kernel is emulated, and starts.
+    fn welcome_within(&self) -> Option<Duration> {
+        None
+    }
 
     /// Readable when [`Self::run_ready`] has something to do. They stay the same.
     fn poll_fds(&self) -> Vec<BorrowedFd<'_>> {

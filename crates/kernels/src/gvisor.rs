@@ -50,7 +50,7 @@ impl Gvisor {
             .prefix("kso-gvisor-")
             .tempdir()
             .map_err(StartError::step("make a directory for gVisor"))?;
-        let network = Network::make(spec, number)?;
+        let network = Network::make(spec)?;
         let namespace = format!("/proc/{}/fd/{}", std::process::id(), network.namespace.as_raw_fd());
         let root = directory.path().join("root");
         fs::create_dir_all(&root).map_err(StartError::step("make gVisor's root"))?;

@@ -3,7 +3,7 @@
 use crate::files::{Directory, FilesRoute, Place};
 use crate::make::{self, StartError};
 use crate::netstack;
-use crate::network::Network;
+use crate::network::default_addresses;
 use crate::worker::{Command, Connecting, Event, Happened, Inbox, Listening, Load, Outbox, Wake, Worker};
 use kso_core::kernels::{KernelSpec, Make};
 use kso_core::routes::HOST;
@@ -112,8 +112,8 @@ impl Kernels {
     }
 
     fn add(&mut self, mut spec: KernelSpec) {
-        if spec.make == Make::Gvisor && spec.addresses.is_empty() {
-            (spec.addresses, spec.gateways) = Network::default_addresses();
+        if matches!(spec.make, Make::Gvisor | Make::Vm) && spec.addresses.is_empty() {
+            (spec.addresses, spec.gateways) = default_addresses(self.entries.len());
         }
         if spec.make == Make::Netstack && spec.addresses.is_empty() {
             (spec.addresses, spec.gateways) = netstack::default_addresses();

@@ -24,6 +24,7 @@ mod netstack;
 mod network;
 mod remote;
 mod session;
+mod vm;
 mod worker;
 
 pub use carrier::Carrier;

@@ -4,6 +4,7 @@ use crate::carrier::Carrier;
 use crate::gvisor::Gvisor;
 use crate::netstack::Netstack;
 use crate::remote::Remote;
+use crate::vm::Vm;
 use kso_core::files;
 use kso_core::kernels::{KernelSpec, Make};
 use kso_provider::relay::stream_pair;
@@ -14,6 +15,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+
+/// How the kernel of a virtual machine is had.
+const FETCH: &str = "kso kernels fetch";
 
 /// Why a kernel does not start. Each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +41,15 @@ pub enum StartError {
         /// Why it failed.
         source: io::Error,
     },
+    /// There is no Linux for a virtual machine.
+    #[error(transparent)]
+    Linux(#[from] kso_vm::KernelError),
+    /// It cannot be prepared for one.
+    #[error(transparent)]
+    Initramfs(#[from] kso_vm::initramfs::InitramfsError),
+    /// There is no virtual machine.
+    #[error(transparent)]
+    Machine(#[from] kso_vm::MachineError),
     /// A command failed, and said this.
     #[error("`{command}` failed: {said}")]
     Command {
@@ -74,6 +87,8 @@ pub(crate) enum Keep {
     Remote(Box<Remote>),
     /// A stack on a thread of this process.
     Netstack(Box<Netstack>),
+    /// A virtual machine.
+    Vm(Box<Vm>),
 }
 
 impl Keep {
@@ -82,14 +97,16 @@ impl Keep {
         match self {
             Self::Nothing | Self::Gvisor(_) | Self::Netstack(_) => None,
             Self::Remote(remote) => Some(&mut **remote),
+            Self::Vm(vm) => Some(&mut **vm),
         }
     }
 
-    /// Ends it, whatever state it is in. `_in_order`: it did not fail, and may take leave.
-    pub fn end(self, _in_order: bool) {
+    /// Ends it, whatever state it is in. `in_order`: it did not fail, and may take leave.
+    pub fn end(self, in_order: bool) {
         match self {
             // Dropped, its connections are closed.
             Self::Nothing | Self::Remote(_) => {}
+            Self::Vm(vm) => vm.end(in_order),
             Self::Gvisor(gvisor) => gvisor.end(),
             Self::Netstack(netstack) => netstack.end(),
         }
@@ -121,6 +138,10 @@ pub(crate) fn start(spec: &KernelSpec, program: &Path, number: u64) -> Result<St
         Make::Netstack => {
             let (netstack, control) = Netstack::start(spec)?;
             Ok(Started { control, keep: Keep::Netstack(Box::new(netstack)) })
+        }
+        Make::Vm => {
+            let (vm, control) = Vm::start(spec, program)?;
+            Ok(Started { control, keep: Keep::Vm(Box::new(vm)) })
         }
     }
 }
@@ -163,10 +184,21 @@ pub fn missing(make: Make) -> Vec<String> {
         missing.extend(crate::netstack::missing());
         return missing;
     }
-    if crate::gvisor::find_runsc().is_none() {
-        missing.push(format!("runsc: {}", crate::gvisor::INSTALL));
-    }
-    for (command, package) in [("ip", "iproute2"), ("unshare", "util-linux"), ("nsenter", "util-linux")] {
+    let commands = if make == Make::Vm {
+        if kso_vm::kernels::list().is_empty() {
+            missing.push(format!("a kernel with its modules: {FETCH}"));
+        }
+        if !Path::new("/dev/net/tun").exists() {
+            missing.push("/dev/net/tun: modprobe tun".into());
+        }
+        &[("ip", "iproute2"), (kso_vm::default_qemu(), "qemu-system-x86")][..]
+    } else {
+        if crate::gvisor::find_runsc().is_none() {
+            missing.push(format!("runsc: {}", crate::gvisor::INSTALL));
+        }
+        &[("ip", "iproute2"), ("unshare", "util-linux"), ("nsenter", "util-linux")][..]
+    };
+    for (command, package) in commands {
         if find(command).is_none() {
             missing.push(format!("{command}: apt-get install {package}"));
         }

@@ -121,7 +121,10 @@ impl<'a> Session<'a> {
         inbox: &'a Inbox,
         outbox: &'a Outbox,
     ) -> Result<Self, Fault> {
-        let client = Client::new(control, name, patience)?;
+        let mut client = Client::new(control, name, patience)?;
+        if let Some(time) = carrier.as_ref().and_then(|carrier| carrier.welcome_within()) {
+            client.welcome_within(time);
+        }
         let io = |error: rustix::io::Errno| Fault::Channel(kso_provider::channel::ChannelError::Io(error));
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io)?;
         epoll::add(&epoll, client.poll_fd(), EventData::new_u64(CONTROL), EventFlags::IN).map_err(io)?;

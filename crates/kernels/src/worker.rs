@@ -26,7 +26,7 @@ const FIRST_WAIT: Duration = Duration::from_millis(50);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// It lived so long: its next death is a first one.
-const LONG_LIFE: Duration = Duration::from_secs(20);
+const LONG_LIFE: Duration = Duration::from_secs(10);
 /// After so many deaths in a row it is put aside.
 const MOST_DEATHS: u32 = 8;
 

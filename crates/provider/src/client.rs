@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// A provider is asked whether it lives so many times in the time after which it counts as hung.
 const BEATS: u32 = 4;
-/// How long a provider may take to say welcome: a kernel may still be starting.
+/// How long a provider may take to say welcome unless told: a kernel may still be starting.
 const WELCOME: Duration = Duration::from_secs(20);
 
 /// Why a provider is dropped.
@@ -51,6 +51,7 @@ pub struct Client {
     channel: Channel,
     ledger: Ledger,
     patience: Duration,
+    welcome_within: Duration,
     began: Instant,
     last_ping: Option<(u64, Instant)>,
     next_ping: Instant,
@@ -73,11 +74,17 @@ impl Client {
             channel,
             ledger: Ledger::default(),
             patience,
+            welcome_within: WELCOME,
             began,
             last_ping: None,
             next_ping: began,
             pings: 0,
         })
+    }
+
+    /// It may take so long to say welcome.
+    pub fn welcome_within(&mut self, time: Duration) {
+        self.welcome_within = time;
     }
 
     /// Readable when [`Self::receive`] has something.
@@ -218,7 +225,7 @@ impl Client {
     #[must_use]
     pub fn next_deadline(&self) -> Instant {
         match (self.welcome(), self.last_ping) {
-            (None, _) => self.began + WELCOME,
+            (None, _) => self.began + self.welcome_within,
             (_, Some((_, since))) => since + self.patience,
             (_, None) => self.next_ping,
         }
@@ -233,7 +240,7 @@ impl Client {
             return Ok(());
         }
         if self.welcome().is_none() {
-            return Err(Fault::Silent(WELCOME));
+            return Err(Fault::Silent(self.welcome_within));
         }
         if self.last_ping.is_some() {
             return Err(Fault::Silent(self.patience));

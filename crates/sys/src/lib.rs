@@ -15,6 +15,7 @@ pub mod file;
 pub mod fuse;
 pub mod guest_memory;
 pub mod launch;
+pub mod link;
 pub mod lock;
 pub mod mount;
 pub mod notify;

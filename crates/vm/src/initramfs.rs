@@ -10,14 +10,43 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Changes with what is put in.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 /// So many are kept, for other kernels and for other builds of kso.
 const KEPT: usize = 12;
-/// What every guest needs: its way to the host, its files, its packets.
+/// What a guest with programs needs: its way to the host, its files, its packets.
 const NEEDED: &[&str] = &["vmw_vsock_virtio_transport", "virtiofs", "overlay", "tun"];
-/// What a guest does without: connections to its own published ports then take the way through the host, and the peer of a
+/// What it does without: connections to its own published ports then take the way through the host, and the peer of a
 /// socket that was shut down is forgotten.
 const WELCOME: &[&str] = &["vsock_loopback", "vsock_diag"];
+/// What a guest needs that is an external kernel: its way to the host, and a network card.
+const PROVIDER: &[&str] = &["vmw_vsock_virtio_transport", "virtio_net"];
+/// This very program.
+const OWN: &str = "/proc/self/exe";
+
+/// What an initramfs has in it, besides the modules by which a guest finds its devices.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents<'a> {
+    /// The kso command, which is init.
+    pub program: &'a Path,
+    needed: &'static [&'static str],
+    welcome: &'static [&'static str],
+    /// More modules.
+    pub modules: &'a [String],
+}
+
+impl<'a> Contents<'a> {
+    /// For a guest with programs: this very program is init.
+    #[must_use]
+    pub fn guest(modules: &'a [String]) -> Self {
+        Self { program: Path::new(OWN), needed: NEEDED, welcome: WELCOME, modules }
+    }
+
+    /// For a guest that is an external kernel.
+    #[must_use]
+    pub fn provider(program: &'a Path, modules: &'a [String]) -> Self {
+        Self { program, needed: PROVIDER, welcome: &[], modules }
+    }
+}
 
 /// Why there is no initramfs.
 #[derive(Debug, thiserror::Error)]
@@ -40,15 +69,19 @@ pub enum InitramfsError {
     },
 }
 
-/// The initramfs for this kernel and this build of kso, with these modules too: from the cache, or made and put there.
+/// The initramfs for this kernel and this build of kso: from the cache, or made and put there.
 ///
 /// # Errors
 /// See [`InitramfsError`].
-pub fn compose(kernel: &Kernel, kind: MachineKind, modules: &[String]) -> Result<PathBuf, InitramfsError> {
+pub fn compose(
+    kernel: &Kernel,
+    kind: MachineKind,
+    contents: &Contents<'_>,
+) -> Result<PathBuf, InitramfsError> {
     let failed = |path: &Path, source| InitramfsError::Io { path: path.to_owned(), source };
     let directory =
         cache::directory().map_err(|source| failed(Path::new("the cache"), source))?.join("initramfs");
-    let own = Path::new("/proc/self/exe");
+    let own = contents.program;
     let identify = |path: &Path| identity(path).map_err(|source| failed(path, source));
     let (modules_identity, own_identity) = (identify(&kernel.modules)?, identify(own)?);
     let key = cache::key([
@@ -57,7 +90,8 @@ pub fn compose(kernel: &Kernel, kind: MachineKind, modules: &[String]) -> Result
         kind.name().as_bytes(),
         modules_identity.as_bytes(),
         own_identity.as_bytes(),
-        modules.join(" ").as_bytes(),
+        contents.needed.join(" ").as_bytes(),
+        contents.modules.join(" ").as_bytes(),
     ]);
     let path = directory.join(format!("{}-{key}.cpio", kernel.release));
     if path.exists() {
@@ -66,9 +100,9 @@ pub fn compose(kernel: &Kernel, kind: MachineKind, modules: &[String]) -> Result
     let unusable = |source| InitramfsError::Modules { release: kernel.release.clone(), source };
     let index = Index::read(&kernel.modules).map_err(unusable)?;
     let mut wanted = vec![kind.transport()];
-    wanted.extend(NEEDED);
-    wanted.extend(WELCOME.iter().filter(|name| index.has(name)));
-    wanted.extend(modules.iter().map(String::as_str));
+    wanted.extend(contents.needed);
+    wanted.extend(contents.welcome.iter().filter(|name| index.has(name)));
+    wanted.extend(contents.modules.iter().map(String::as_str));
     let mut archive = Archive::default();
     archive.directory("dev", 0o755);
     archive.device("dev/console", 0o600, (5, 1));

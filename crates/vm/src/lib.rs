@@ -31,4 +31,4 @@ pub use attachment::{AttachOptions, Attachment, Ends, Outcome};
 pub use job::{Job, JobEvent};
 pub use kernels::{Choice, Kernel, KernelError};
 pub use machine::{Machine, MachineError};
-pub use qemu::{Accelerator, DeviceSocket, FileSystem, MachineConfig, MachineKind};
+pub use qemu::{Accelerator, DeviceSocket, Disk, FileSystem, MachineConfig, MachineKind, Nic, default_qemu};

@@ -27,6 +27,8 @@ const CHUNK: usize = 4096;
 const MAX_CHUNKS: usize = 16;
 /// So many of the last lines are told when something went wrong.
 const TOLD_LINES: usize = 20;
+/// In a second (sysconf(3), `_SC_CLK_TCK`): the same on every Linux that QEMU runs on.
+const TICKS: u64 = 100;
 /// So long is the time stamp counter measured: enough for one part in a hundred thousand.
 const MEASURED: Duration = Duration::from_millis(8);
 
@@ -150,6 +152,16 @@ impl Machine {
     #[must_use]
     pub fn console(&self) -> Vec<u8> {
         self.console_tail.iter().copied().collect()
+    }
+
+    /// How much of a processor QEMU has used: the guest runs, whatever else it does.
+    #[must_use]
+    pub fn processor_time(&self) -> Option<Duration> {
+        let text = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).ok()?;
+        // After the name, which may hold anything: utime and stime are the 14th and 15th field (proc(5)).
+        let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
+        let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+        Some(Duration::from_millis(user.saturating_add(system).saturating_mul(1000) / TICKS))
     }
 
     /// QEMU's number.
@@ -282,6 +294,8 @@ mod tests {
             cpus: 1,
             vsock: None,
             file_systems: vec![],
+            nics: vec![],
+            disks: vec![],
             append: vec![],
             arguments: vec![],
             talkative: false,

@@ -112,6 +112,7 @@ impl Index {
             name: name.to_owned(),
             directory: self.directory.clone(),
         })?;
+        let path = &packed(path);
         let object = unpack(path)?;
         let description =
             elf::section(&object, ".modinfo").ok_or_else(|| ModuleError::Format { path: path.clone() })?;
@@ -138,6 +139,17 @@ fn dependencies(description: &[u8]) -> Vec<String> {
         .filter(|name| !name.is_empty())
         .map(|name| String::from_utf8_lossy(name).replace('-', "_"))
         .collect()
+}
+
+/// modules.order has a module's name as it was built, from Linux 6.12 on; its file may have been packed since.
+fn packed(path: &Path) -> PathBuf {
+    let with = |extension: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(extension);
+        PathBuf::from(name)
+    };
+    let found = ["", ".xz", ".zst", ".gz"].into_iter().map(with).find(|path| path.exists());
+    found.unwrap_or_else(|| path.to_owned())
 }
 
 fn unpack(path: &Path) -> Result<Vec<u8>, ModuleError> {
@@ -221,7 +233,7 @@ mod tests {
         let zst =
             ruzstd::encoding::compress_to_vec(signed.as_slice(), ruzstd::encoding::CompressionLevel::Fastest);
         write("tun.ko.zst", &zst);
-        write("modules.order", b"tun.ko.zst\nvirtio-mmio.ko.gz\nvirtio.ko.xz\nvirtio_ring.ko\n");
+        write("modules.order", b"tun.ko\nvirtio-mmio.ko.gz\nvirtio.ko.xz\nvirtio_ring.ko\n");
         write("modules.builtin", b"kernel/net/vsock.ko\n");
 
         let index = Index::read(directory.path()).unwrap();

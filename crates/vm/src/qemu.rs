@@ -1,6 +1,6 @@
 //! QEMU's command line: a pure function of what the machine is to be.
 
-use crate::initramfs::InitramfsError;
+use crate::initramfs::{Contents, InitramfsError};
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -82,6 +82,26 @@ pub struct FileSystem {
     pub queues: u16,
 }
 
+/// A network card, on a TAP device of the host.
+#[derive(Debug)]
+pub struct Nic {
+    /// The TAP device, with virtio-net headers.
+    pub tap: OwnedFd,
+    /// Its hardware address.
+    pub address: [u8; 6],
+}
+
+/// A disk.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// A raw image.
+    pub image: PathBuf,
+    /// By which the guest finds it.
+    pub serial: String,
+    /// No writing.
+    pub read_only: bool,
+}
+
 /// What the machine is to be.
 #[derive(Debug)]
 pub struct MachineConfig {
@@ -103,6 +123,10 @@ pub struct MachineConfig {
     pub vsock: Option<DeviceSocket>,
     /// Shared directories.
     pub file_systems: Vec<FileSystem>,
+    /// Network cards.
+    pub nics: Vec<Nic>,
+    /// Disks.
+    pub disks: Vec<Disk>,
     /// More words for the kernel's command line. Those with a dot before any `=` that no module has are for init.
     pub append: Vec<String>,
     /// More words for QEMU itself, last on its command line: an expert's devices.
@@ -123,16 +147,31 @@ impl MachineConfig {
         accelerator: Accelerator,
         modules: &[String],
     ) -> Result<Self, InitramfsError> {
+        Self::with(kernel, kind, accelerator, &Contents::guest(modules))
+    }
+
+    /// The same with something else in its initramfs.
+    ///
+    /// # Errors
+    /// The initramfs cannot be made.
+    pub fn with(
+        kernel: &crate::Kernel,
+        kind: MachineKind,
+        accelerator: Accelerator,
+        contents: &Contents<'_>,
+    ) -> Result<Self, InitramfsError> {
         Ok(Self {
             qemu: PathBuf::from(default_qemu()),
             kernel: kernel.image.clone(),
-            initramfs: crate::initramfs::compose(kernel, kind, modules)?,
+            initramfs: crate::initramfs::compose(kernel, kind, contents)?,
             kind,
             accelerator,
             memory: 512,
             cpus: 1,
             vsock: None,
             file_systems: Vec::new(),
+            nics: Vec::new(),
+            disks: Vec::new(),
             append: Vec::new(),
             arguments: Vec::new(),
             talkative: false,
@@ -142,17 +181,17 @@ impl MachineConfig {
     /// The descriptors that QEMU has to inherit.
     pub(crate) fn inherited(&self) -> Vec<BorrowedFd<'_>> {
         let sockets = self.vsock.iter().chain(self.file_systems.iter().map(|one| &one.socket));
-        sockets
-            .filter_map(|socket| match socket {
-                DeviceSocket::Connected(descriptor) => Some(descriptor.as_fd()),
-                DeviceSocket::Path(_) => None,
-            })
-            .collect()
+        let sockets = sockets.filter_map(|socket| match socket {
+            DeviceSocket::Connected(descriptor) => Some(descriptor.as_fd()),
+            DeviceSocket::Path(_) => None,
+        });
+        sockets.chain(self.nics.iter().map(|nic| nic.tap.as_fd())).collect()
     }
 }
 
 /// The emulator for guests of this processor.
-pub(crate) fn default_qemu() -> &'static str {
+#[must_use]
+pub fn default_qemu() -> &'static str {
     if cfg!(target_arch = "aarch64") { "qemu-system-aarch64" } else { "qemu-system-x86_64" }
 }
 
@@ -214,6 +253,22 @@ pub(crate) fn arguments(config: &MachineConfig, tsc_khz: Option<u64>) -> Vec<OsS
         device.push(format!("num-request-queues={},queue-size=1024,tag=", file_system.queues));
         device.push(tag);
         words.pair("-device", device);
+    }
+    for (index, nic) in config.nics.iter().enumerate() {
+        words.pair("-netdev", format!("tap,id=net{index},fd={}", nic.tap.as_raw_fd()));
+        let [a, b, c, d, e, f] = nic.address;
+        let address = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+        // It is not booted from: without a ROM.
+        let rom = if config.kind == MachineKind::Q35 { ",romfile=" } else { "" };
+        words.pair("-device", format!("virtio-net-{bus},netdev=net{index},mac={address}{rom}"));
+    }
+    for (index, disk) in config.disks.iter().enumerate() {
+        let mode = if disk.read_only { "on" } else { "off" };
+        let mut drive = OsString::from(format!("driver=raw,node-name=disk{index},read-only={mode},"));
+        drive.push(format!("file.driver=file,file.read-only={mode},file.filename="));
+        drive.push(escaped(&disk.image));
+        words.pair("-blockdev", drive);
+        words.pair("-device", format!("virtio-blk-{bus},drive=disk{index},serial={}", disk.serial));
     }
     for word in &config.arguments {
         words.single(word);
@@ -295,6 +350,8 @@ mod tests {
                 socket: DeviceSocket::Path("/tmp/fs".into()),
                 queues: 1,
             }],
+            nics: vec![],
+            disks: vec![],
             append: vec!["kso.test".into()],
             arguments: vec!["-device".into(), "virtio-net-device".into()],
             talkative: false,
@@ -319,6 +376,26 @@ mod tests {
             "quiet tsc=reliable mitigations=off tsc_early_khz=2600000 kso.test",
             "-initrd /i,cpio",
             "tag=root -device virtio-net-device",
+        ] {
+            assert!(line.contains(part), "{part} in {line}");
+        }
+    }
+
+    #[test]
+    fn cards_and_disks_are_found_by_what_the_guest_is_told() {
+        let mut config = config(MachineKind::Microvm, Accelerator::Tcg);
+        let tap = std::fs::File::open("/dev/null").unwrap();
+        let number = tap.as_raw_fd();
+        config.nics.push(Nic { tap: tap.into(), address: [2, 0x6b, 10, 79, 0, 2] });
+        config.disks.push(Disk { image: "/tmp/a,b".into(), serial: "kso0".into(), read_only: true });
+        assert_eq!(config.inherited().len(), 1);
+        let line = line(&config);
+        for part in [
+            &format!(
+                "-netdev tap,id=net0,fd={number} -device virtio-net-device,netdev=net0,mac=02:6b:0a:4f:00:02"
+            ),
+            "read-only=on,file.driver=file,file.read-only=on,file.filename=/tmp/a,,b",
+            "-device virtio-blk-device,drive=disk0,serial=kso0",
         ] {
             assert!(line.contains(part), "{part} in {line}");
         }

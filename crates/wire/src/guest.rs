@@ -40,6 +40,9 @@ pub mod ports {
     pub const STDERR: u32 = 6;
     /// Streams of a guest whose VMM carries CID 2 only: each begins with the 8 bytes of a [`super::Ticket`].
     pub const STREAMS: u32 = 7;
+    /// The control stream of a provider that a virtual machine is made for: [`crate::provide`]. The guest listens on its own
+    /// port of this number for the streams, which begin with a [`crate::provide::Ticket`].
+    pub const PROVIDE: u32 = 8;
 }
 
 /// The guest's own CID.

@@ -57,6 +57,8 @@ pub struct Hub {
     pub(super) guests: Vec<Option<Guest>>,
     pub(super) table: Table,
     pub(super) limits: Limits,
+    /// See [`Hub::pass_resets`].
+    pub(super) passes_resets: bool,
     /// Streams whose other end, in a guest too, is gone.
     pub(super) severed: Vec<Id>,
     /// Guests that were given something and not interrupted for it yet.
@@ -119,6 +121,7 @@ impl Hub {
             guests: Vec::new(),
             table: Table::default(),
             limits,
+            passes_resets: false,
             severed: Vec::new(),
             touched: Vec::new(),
             interrupts: None,
@@ -126,6 +129,12 @@ impl Hub {
             events: Vec::with_capacity(EVENTS),
             spin,
         })
+    }
+
+    /// A unix socket that is closed, not merely shut down, is a stream that was reset: the guest is told so (RST) instead of
+    /// the end of the stream.
+    pub fn pass_resets(&mut self) {
+        self.passes_resets = true;
     }
 
     /// Becomes readable when [`Self::run_ready`] has something to do.

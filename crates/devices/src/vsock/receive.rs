@@ -8,6 +8,7 @@ use super::packet::{HEADER, Header};
 use super::table::{Entry, Far, Id};
 use crate::vhost::{Memory, Ring};
 use kso_sys::guest_memory;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::AsFd;
 use vm_memory::VolatileSlice;
 
@@ -69,6 +70,15 @@ fn place(ring: &mut Ring, memory: &Memory, header: &Header) -> Result<bool, Faul
     buffer.write(header);
     ring.push(buffer.head, HEADER as u32)?;
     Ok(true)
+}
+
+/// Whether the other end of a unix socket is closed, not merely shut down (unix_poll in net/unix/af_unix.c).
+fn has_hung_up(far: &Far) -> bool {
+    let Far::Socket(socket) = far else { return false };
+    let mut polled = [PollFd::new(socket, PollFlags::empty())];
+    let ready = poll(&mut polled, Some(&Timespec::default())).is_ok();
+    let [polled] = polled;
+    ready && polled.revents().contains(PollFlags::HUP)
 }
 
 /// What became of a stream's turn.
@@ -216,6 +226,9 @@ impl Hub {
         match received {
             Ok(0) => {
                 entry.readable = false;
+                if self.passes_resets && !entry.stream.guest_finished() && has_hung_up(&entry.far) {
+                    return Ok(Turn::Broke(kso_wire::Errno::ECONNRESET));
+                }
                 entry.stream.finish();
                 Ok(Turn::Sent)
             }

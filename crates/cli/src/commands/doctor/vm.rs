@@ -73,7 +73,7 @@ fn devices() -> Check {
 }
 
 fn modules(kernel: &Kernel) -> Check {
-    match initramfs::compose(kernel, MachineKind::Microvm, &[]) {
+    match initramfs::compose(kernel, MachineKind::Microvm, &initramfs::Contents::guest(&[])) {
         Ok(_) => Check::ok("its modules", "vsock, virtiofs, overlay, tun"),
         Err(error) => Check::missing("its modules", error.to_string(), "another kernel: kso kernels fetch"),
     }
