@@ -1,6 +1,6 @@
 //! External kernels for programs under test: gVisor, and Linux in a virtual machine, on cables to the origin.
 
-use crate::{Running, World, sh};
+use crate::{Running, World, argv, sh};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
@@ -69,20 +69,21 @@ impl External {
         Self { name: "deb", address: "10.80.0.2", flag, monitor: Some(monitor) }
     }
 
-    /// Its process on the host: QEMU, or gVisor's sandbox.
-    pub fn process(&self, world: &World) -> Option<Pid> {
-        let is = |line: &str| match &self.monitor {
-            Some(monitor) => line.contains("qemu-system") && line.contains(monitor.as_str()),
-            None => line.contains("runsc-sandbox"),
+    /// Its process on the host, QEMU or gVisor's sandbox, under this kso.
+    pub fn process(&self, kso: &Running) -> Option<Pid> {
+        let what = match &self.monitor {
+            Some(monitor) => format!("qemu-system.*{monitor}"),
+            // It has no environment by which it could be found.
+            None => format!("runsc-sandbox.*kso-{}-", kso.pid()),
         };
-        let (pid, _) = world.processes().into_iter().find(|(_, line)| is(line))?;
-        Pid::from_raw(i32::try_from(pid).ok()?)
+        let found = argv(["pgrep", "-f", &what]).run().text();
+        Pid::from_raw(found.split_whitespace().next()?.parse().ok()?)
     }
 
     /// Makes it fail.
     #[track_caller]
-    pub fn die(&self, world: &World, death: Death) {
-        let process = self.process(world).expect("it runs");
+    pub fn die(&self, kso: &Running, death: Death) {
+        let process = self.process(kso).expect("it runs");
         match (death, &self.monitor) {
             (Death::Kill, _) => kill_process(process, Signal::KILL).expect("kill"),
             (Death::Freeze, _) => kill_process(process, Signal::STOP).expect("stop"),

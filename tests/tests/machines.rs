@@ -116,8 +116,8 @@ fn a_machine_that_is_alone_takes_its_listeners_back_after_each_death() {
         let count = |text: String, what: &str| text.matches(what).count();
         let before = count(running.text(), "error Connection reset by peer");
         let down = count(running.errors(), "kernel deb down: ");
-        let (process, died) = (machine.process(&world), Instant::now());
-        machine.die(&world, death);
+        let (process, died) = (machine.process(&running), Instant::now());
+        machine.die(&running, death);
         wait_until("the program is told", LIMIT, || {
             count(running.text(), "error Connection reset by peer") > before
         });
@@ -128,7 +128,7 @@ fn a_machine_that_is_alone_takes_its_listeners_back_after_each_death() {
         assert!(told.contains(reason) || told.contains("it did not answer"), "{told}");
         drop(world.reach("10.80.0.2:8080"));
         eprintln!("{}: back after {:?}", death.name(), died.elapsed());
-        assert_ne!(machine.process(&world), process);
+        assert_ne!(machine.process(&running), process);
         assert!(running.running(), "the program noticed nothing");
     }
     drop(running);
