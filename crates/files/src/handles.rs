@@ -6,6 +6,7 @@ use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 /// An entry of a directory.
@@ -37,11 +38,29 @@ pub(crate) struct Handle {
     pub owners: Mutex<Vec<u64>>,
     /// The kernel's number of the backing file, if reads and writes go there (/dev/fuse only).
     pub backing: Mutex<Option<i32>>,
+    /// It is counted among [`Inode::writers`].
+    writes: bool,
 }
 
 impl Handle {
     pub fn new(inode: Arc<Inode>, file: OwnedFd) -> Self {
-        Self { inode, file, stream: Mutex::default(), owners: Mutex::default(), backing: Mutex::default() }
+        let (stream, owners, backing) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { inode, file, stream, owners, backing, writes: false }
+    }
+
+    /// By which the client may write.
+    pub fn writing(mut self) -> Self {
+        self.inode.writers.fetch_add(1, Ordering::Relaxed);
+        self.writes = true;
+        self
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if self.writes {
+            self.inode.writers.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 

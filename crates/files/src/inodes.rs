@@ -13,7 +13,7 @@ use rustix::fs::{FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Locks, whatever happened to a thread that held it: every table here is consistent between statements.
@@ -61,6 +61,8 @@ pub(crate) struct Inode {
     /// POSIX locks were asked for: the client must tell each `close`.
     pub locked: AtomicBool,
     pub kept: Mutex<Option<Stamp>>,
+    /// Handles by which the client may write: while there are any, it may have changes that are not here yet.
+    pub writers: AtomicUsize,
     /// What is read through when the client opens without telling.
     pub implicit: Mutex<Option<Arc<Handle>>>,
     pub backing: Mutex<Backing>,
@@ -207,6 +209,7 @@ impl Inodes {
                 place: held,
                 locked: AtomicBool::new(false),
                 kept: Mutex::new(None),
+                writers: AtomicUsize::new(0),
                 implicit: Mutex::new(None),
                 backing: Mutex::default(),
             });

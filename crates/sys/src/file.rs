@@ -73,7 +73,19 @@ struct RawHandle {
     bytes: [u8; MAX_HANDLE],
 }
 
+/// `FILEID_INO64_GEN` (include/linux/exportfs.h): of FUSE the node and its generation (`fuse_encode_fh` in fs/fuse/inode.c).
+const NODE_AND_GENERATION: i32 = 0x81;
+
 impl FileHandle {
+    /// The number that the server of a FUSE file system gave the inode. The handle must be of such a file system.
+    #[must_use]
+    pub fn fuse_node(&self) -> Option<u64> {
+        let (high, rest) = self.bytes.split_first_chunk()?;
+        let (low, _generation) = rest.split_first_chunk()?;
+        let word = |bytes: &[u8; 4]| u64::from(u32::from_ne_bytes(*bytes));
+        (self.kind == NODE_AND_GENERATION).then(|| word(high) << 32 | word(low))
+    }
+
     /// The handle of what `file` is open on, `O_PATH` included.
     ///
     /// # Errors

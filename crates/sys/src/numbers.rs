@@ -30,6 +30,7 @@ calls! {
     SENDMSG = SYS_sendmsg;
     SENDMMSG = SYS_sendmmsg;
     IO_URING_SETUP = SYS_io_uring_setup;
+    SENDFILE = SYS_sendfile;
 }
 
 /// `F_DUPFD` (fcntl(2)).
@@ -46,6 +47,8 @@ pub const ESRCH: i32 = libc::ESRCH;
 pub const ENOSYS: u16 = libc::ENOSYS as u16;
 /// `EBADF`.
 pub const EBADF: i32 = libc::EBADF;
+/// `SIGPIPE`.
+pub const SIGPIPE: i32 = libc::SIGPIPE;
 /// `EAFNOSUPPORT`.
 pub const EAFNOSUPPORT: u16 = libc::EAFNOSUPPORT as u16;
 /// `AF_VSOCK`.

@@ -63,6 +63,16 @@ pub fn signal(process: BorrowedFd<'_>, number: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Sends a signal to a thread of a process (tgkill(2)).
+///
+/// # Errors
+/// `ESRCH`, `EPERM`.
+pub fn signal_thread(process: u32, tid: u32, number: i32) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    let result = unsafe { libc::syscall(libc::SYS_tgkill, process, tid, number) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Reads memory of a thread at `address` into `buffer`, up to the first byte that is not readable.
 ///
 /// # Errors

@@ -98,7 +98,9 @@ impl Worker {
         if backing.is_some() {
             reply = OpenReply::PASSTHROUGH | (reply & OpenReply::NOFLUSH);
         }
-        let handle = Arc::new(Handle::new(inode, file));
+        let handle = Handle::new(inode, file);
+        let handle = if flags & OFlags::RWMODE == OFlags::RDONLY { handle } else { handle.writing() };
+        let handle = Arc::new(handle);
         *lock(&handle.backing) = backing;
         let fh = self.service.handles.insert(handle.clone()).inspect_err(|_| self.let_go(&handle))?;
         Ok(OpenOut { fh, open_flags: reply.bits(), backing_id: backing.unwrap_or(0) })
