@@ -81,6 +81,8 @@ impl Snapshot<'_> {
         count("accepts", "Connections that came by published listeners", "", &[("", totals.accepts)]);
         let bytes = [("in", totals.bytes_in), ("out", totals.bytes_out)];
         count("bytes", "Bytes of streams that have ended, as the sandbox sees them", "direction", &bytes);
+        count("sendfile_calls", "Parts of files sent for guests", "", &[("", totals.files_sent)]);
+        count("sendfile_bytes", "Bytes of files sent for guests", "", &[("", totals.file_bytes_sent)]);
         count("sessions_opened", "Sessions opened", "", &[("", totals.sessions_opened)]);
         let mut gauge = |name: &str, help: &str, value: usize| {
             let gauge: Gauge = Gauge::default();

@@ -20,6 +20,9 @@ pub(crate) struct Totals {
     pub bytes_in: u64,
     pub bytes_out: u64,
     pub sessions_opened: u64,
+    /// Parts of files that went to sockets outside without passing their guest.
+    pub files_sent: u64,
+    pub file_bytes_sent: u64,
 }
 
 /// Most response codes that are told apart.

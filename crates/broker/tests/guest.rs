@@ -9,7 +9,8 @@ use kso_broker::guest::Order;
 use kso_devices::vsock::{End, GuestId, Outside, Verdict};
 use kso_wire::frame::{Frames, append};
 use kso_wire::guest::{
-    FIRST_NAMED_CID, GuestReply, GuestRequest, Prepare, StreamCall, StreamKey, ToGuest, ToHost, ports,
+    FIRST_NAMED_CID, GuestReply, GuestRequest, Prepare, SendFile, StreamCall, StreamKey, ToGuest, ToHost,
+    ports,
 };
 use kso_wire::{
     Caller, Connect, Errno, Failure, Family, Hello, Listen, OptionName, Origin, SocketOptions, VERSION,
@@ -380,6 +381,29 @@ fn resolve(broker: &mut Broker, session: kso_broker::SessionId, name: &str) -> O
         RData::A(address) => address.0.into(),
         other => panic!("{other:?}"),
     })
+}
+
+#[test]
+fn files_are_sent_by_the_device_and_it_tells_how_much() {
+    let mut device = Device::with(&hello());
+    let stream = StreamKey { local_port: 5, peer_cid: LOOPBACK, peer_port: 80 };
+    let what = SendFile { stream, share: "kso1".into(), node: 3, offset: 4, count: 5, waits: true };
+    for (ask, told, reply) in [
+        (1, Ok(Some(5)), Ok(GuestReply::Value(5))),
+        (2, Ok(None), Ok(GuestReply::StayInside)),
+        (3, Err(Errno::EPIPE), Err(Failure::kernel(Errno::EPIPE))),
+    ] {
+        let request = GuestRequest::SendFile(what.clone());
+        device.say(ONE, &ToHost::Ask { id: ask, caller: caller(), request });
+        device.serve();
+        let order = device.orders.pop();
+        assert!(matches!(order, Some(Order::SendFile(ONE, id, sent)) if id == ask && sent == what));
+        device.broker.sent(ONE, ask, told);
+        assert_eq!(device.hear(ONE), Some(ToGuest::Answered { id: ask, result: reply }));
+    }
+    let stopped = device.ask(ONE, GuestRequest::StopSending(stream, 1));
+    assert_eq!(stopped, Ok(GuestReply::Done));
+    assert!(matches!(device.orders[..], [Order::StopSending(ONE, of, 1)] if of == stream));
 }
 
 #[test]

@@ -115,7 +115,10 @@ fn answer(message: ToHost) -> Option<ToGuest> {
                     Ok(GuestReply::Value(0))
                 }
                 GuestRequest::Stream(..) => Err(Failure::kernel(Errno::ENOTCONN)),
-                GuestRequest::Unlisten(_) | GuestRequest::Release(_) => Ok(GuestReply::Done),
+                GuestRequest::Unlisten(_) | GuestRequest::Release(_) | GuestRequest::StopSending(..) => {
+                    Ok(GuestReply::Done)
+                }
+                GuestRequest::SendFile(_) => Err(Failure::kernel(Errno::EOPNOTSUPP)),
             },
         ),
     }

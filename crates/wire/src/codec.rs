@@ -88,6 +88,11 @@ impl Bounded for guest::ToHost {
             Self::Ask { caller, request: guest::GuestRequest::Listen { listen, .. }, .. } => {
                 (caller, Some(&listen.options))
             }
+            Self::Ask { request: guest::GuestRequest::SendFile(send), .. }
+                if send.share.len() > guest::MAX_SHARE =>
+            {
+                return Some("share");
+            }
             Self::Ask { caller, .. } => (caller, None),
         };
         if caller.program.len() > message::MAX_PROGRAM {

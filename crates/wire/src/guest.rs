@@ -116,6 +116,27 @@ pub enum StreamCall {
     OutQueue,
 }
 
+/// Longest name of a share, bytes: a tag of virtiofs (virtio 1.2, 5.11.4).
+pub const MAX_SHARE: usize = 36;
+
+/// A part of a file of a share, to be sent on a stream without passing the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SendFile {
+    /// On which stream. What the guest wrote to it before goes first.
+    pub stream: StreamKey,
+    /// The tag of the share that the guest has mounted.
+    pub share: String,
+    /// Which file of it: the number that the file server gave the guest's kernel for it. The guest keeps the file open until
+    /// the answer, so that the number means nothing else.
+    pub node: u64,
+    /// From here on.
+    pub offset: u64,
+    /// At most so many bytes.
+    pub count: u64,
+    /// Until all is sent or the file ends. Otherwise as much as there is room for.
+    pub waits: bool,
+}
+
 /// Something for the broker to do, with an answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum GuestRequest {
@@ -133,6 +154,11 @@ pub enum GuestRequest {
     Release(SocketAddr),
     /// See [`StreamCall`].
     Stream(StreamKey, StreamCall),
+    /// Send a part of a file: [`GuestReply::Value`], the bytes that were sent; or [`GuestReply::StayInside`]: none were, and the
+    /// guest's kernel shall do it. `EOPNOTSUPP`: it need not be asked for again, nothing is sent so here.
+    SendFile(SendFile),
+    /// Send no more for the request of this name, which is answered then: [`GuestReply::Done`].
+    StopSending(StreamKey, u64),
 }
 
 /// What came of a [`GuestRequest`].
@@ -248,6 +274,12 @@ mod tests {
         let request = GuestRequest::Stream(stream, StreamCall::OutQueue);
         let ask = ToHost::Ask { id: 5, caller: Caller { pid: 6, program: "a".into() }, request };
         assert_eq!(bytes(&ask), [10, 0, 0, 0, 3, 5, 6, 1, b'a', 3, 1, 2, 3, 5]);
+        let send = SendFile { stream, share: "s".into(), node: 4, offset: 5, count: 300, waits: true };
+        let ask = |request| ToHost::Ask { id: 5, caller: Caller { pid: 6, program: "a".into() }, request };
+        let sent = bytes(&ask(GuestRequest::SendFile(send)));
+        assert_eq!(sent, [16, 0, 0, 0, 3, 5, 6, 1, b'a', 4, 1, 2, 3, 1, b's', 4, 5, 0xac, 2, 1]);
+        let stop = bytes(&ask(GuestRequest::StopSending(stream, 9)));
+        assert_eq!(stop, [10, 0, 0, 0, 3, 5, 6, 1, b'a', 5, 1, 2, 3, 9]);
         let established = ToGuest::Established { local_port: 7, local: "127.0.0.1:80".parse().unwrap() };
         assert_eq!(bytes(&established), [8, 0, 0, 0, 2, 7, 0, 127, 0, 0, 1, 80]);
         let failed = ToGuest::Failed { local_port: 7, failure: Failure::denied(Errno::EPERM) };

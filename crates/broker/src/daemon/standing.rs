@@ -55,11 +55,13 @@ impl Standing {
             let listener = self.listen(&share.socket, group)?;
             let what = Share::new(&share.directory);
             let what = if share.read_only { what.read_only() } else { what };
-            let mount = FsMount::serve(Source::Listener(listener), &share.tag, what);
-            self.mounts.push(mount.map_err(|error| BrokerError::Socket {
-                path: share.socket.clone(),
-                source: io::Error::other(error),
-            })?);
+            let mount = FsMount::serve(Source::Listener(listener), &share.tag, what).map_err(|error| {
+                BrokerError::Socket { path: share.socket.clone(), source: io::Error::other(error) }
+            })?;
+            if let Some(files) = mount.files() {
+                devices.offer_files(added, &share.tag, files);
+            }
+            self.mounts.push(mount);
         }
         Ok(())
     }

@@ -93,10 +93,20 @@ impl Broker {
                 }
                 Ok(GuestReply::Done)
             }
+            GuestRequest::Stream(..) | GuestRequest::SendFile(_) | GuestRequest::StopSending(..)
+                if self.guests.orders.len() >= MAX_ORDERS =>
+            {
+                Err(Failure::kernel(Errno::ENOBUFS))
+            }
+            GuestRequest::SendFile(what) => {
+                self.guests.order(Order::SendFile(id, ask, what));
+                return None;
+            }
+            GuestRequest::StopSending(stream, sending) => {
+                self.guests.order(Order::StopSending(id, stream, sending));
+                Ok(GuestReply::Done)
+            }
             GuestRequest::Stream(stream, call) => {
-                if self.guests.orders.len() >= MAX_ORDERS {
-                    return Some(Err(Failure::kernel(Errno::ENOBUFS)));
-                }
                 self.guests.order(Order::Call(id, Call { id: ask, stream, call }));
                 return None;
             }

@@ -13,9 +13,10 @@ use crate::embedded::Link;
 use crate::session::SessionId;
 use kso_devices::hybrid::Hybrid;
 use kso_devices::vsock::{Endpoint, GuestId, Hub, Limits, Outside};
+use kso_files::Files;
 use kso_gateway::{Gateway, GatewayConfig};
 use kso_wire::guest::ports;
-use kso_wire::{Answer, Hello, RequestId};
+use kso_wire::{Answer, Errno, Hello, RequestId};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
@@ -114,6 +115,13 @@ impl Devices {
             broker.serve_port(guest, port, stream);
         }
         Ok(guest)
+    }
+
+    /// Lets a guest send from the files of a share, which it mounts by this tag, without their passing it.
+    pub fn offer_files(&mut self, guest: GuestId, share: &str, files: Files) {
+        if !Hybrid::has(guest) {
+            self.hub.offer_files(guest, share, files);
+        }
     }
 
     /// Makes a gateway for a guest's packets.
@@ -254,6 +262,11 @@ impl Devices {
                     let socket = hub.socket(guest, call.stream).or_else(|| hybrid.socket(guest, call.stream));
                     broker.answer_call(guest, &call, socket);
                 }
+                Order::SendFile(guest, ask, _) if Hybrid::has(guest) => {
+                    broker.sent(guest, ask, Err(Errno::EOPNOTSUPP));
+                }
+                Order::SendFile(guest, ask, what) => hub.send_file(guest, ask, &what, broker),
+                Order::StopSending(guest, stream, ask) => hub.stop_sending(guest, stream, ask, broker),
                 Order::Abandon(guest, stream) => {
                     // The device sees its end as that of any connection.
                     if let Some(socket) = hub.socket(guest, stream).or_else(|| hybrid.socket(guest, stream)) {

@@ -22,6 +22,7 @@ mod listeners;
 mod names;
 mod outside;
 mod prepared;
+mod sent;
 mod streams;
 
 pub use devices::Devices;
@@ -36,7 +37,7 @@ use kso_devices::vsock::GuestId;
 use kso_provider::stream::Holder;
 use kso_wire::Hello;
 use kso_wire::frame::{self, Frames};
-use kso_wire::guest::{StreamCall, StreamKey, ToGuest};
+use kso_wire::guest::{SendFile, StreamCall, StreamKey, ToGuest};
 use listeners::Listener;
 use prepared::Prepared;
 use std::collections::{HashMap, VecDeque};
@@ -60,6 +61,10 @@ pub enum Order {
     Dial(GuestId, StreamKey, OwnedFd),
     /// Give [`Broker::answer_call`] the socket of a stream.
     Call(GuestId, Call),
+    /// Send a part of a file for the request of this name: [`kso_devices::vsock::Outside::sent`] tells.
+    SendFile(GuestId, u64, SendFile),
+    /// Send no more for the request of this name.
+    StopSending(GuestId, StreamKey, u64),
     /// The guest gave up this connection, which is under way: close it.
     Abandon(GuestId, StreamKey),
     /// Bytes wait on the guest's control stream.
@@ -73,6 +78,8 @@ impl Order {
         match self {
             Self::Dial(guest, ..)
             | Self::Call(guest, _)
+            | Self::SendFile(guest, ..)
+            | Self::StopSending(guest, ..)
             | Self::Abandon(guest, _)
             | Self::Flush(guest)
             | Self::Restarted(guest) => *guest,

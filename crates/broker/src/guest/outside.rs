@@ -55,6 +55,10 @@ impl Outside for Broker {
         }
     }
 
+    fn sent(&mut self, guest: GuestId, ticket: u64, result: Result<Option<u64>, Errno>) {
+        self.file_sent(guest, ticket, result);
+    }
+
     fn control(&mut self, guest: GuestId, bytes: &[u8]) -> Result<(), String> {
         self.control_came(guest, bytes)
     }

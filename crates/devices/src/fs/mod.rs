@@ -18,7 +18,7 @@ mod spin;
 
 use crate::vhost::{Change, FrontEnd, Spec};
 use kso_files::relay::{Dial, Relay};
-use kso_files::{Performer, Service, Share, ShareError};
+use kso_files::{Files, Performer, Service, Share, ShareError};
 use late::Late;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::io;
@@ -60,6 +60,7 @@ pub enum FsError {
 pub struct FsMount {
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
+    files: Option<Files>,
 }
 
 impl FsMount {
@@ -90,6 +91,10 @@ impl FsMount {
         }
         let stop =
             Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?);
+        let files = match &performer {
+            Performer::Local(service) => Some(Files::of(service.clone())),
+            Performer::Relayed(_) => None,
+        };
         let mount = Mount {
             spec: Spec { features: 0, queues: REQUEST_QUEUES + 1, config: Vec::new() },
             performer,
@@ -98,7 +103,13 @@ impl FsMount {
         };
         let thread =
             std::thread::Builder::new().name(format!("fs-{tag}")).spawn(move || mount.run(source))?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, thread: Some(thread), files })
+    }
+
+    /// Its files, for a [`crate::vsock::Hub`] that sends from them; `None`: another kernel has them.
+    #[must_use]
+    pub fn files(&self) -> Option<Files> {
+        self.files.clone()
     }
 
     /// Whether it is served still.

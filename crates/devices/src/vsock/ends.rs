@@ -34,6 +34,8 @@ impl Hub {
                 if entry.writable && !entry.held.is_empty() {
                     self.flush_held(id, outside);
                 }
+                self.send_on(id, outside);
+                self.nudge(id);
                 if self.table.get(id).is_some_and(|entry| entry.orphan && entry.ending) {
                     // Nobody is left who would read an error.
                     self.look_at_orphan(id);

@@ -3,6 +3,7 @@
 use super::packet::Header;
 use super::table::Id;
 use crate::vhost::{Broken, FrontEnd, Queue, Spec};
+use kso_files::Files;
 use kso_wire::guest::{GUEST_CID, StreamKey};
 use std::collections::{HashMap, VecDeque};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -57,6 +58,8 @@ pub(super) struct Guest {
     pub unsignalled: u32,
     /// It had no buffer left when one was wanted.
     pub starved: bool,
+    /// What it may send from, by the tags by which it mounts them.
+    pub files: HashMap<String, Files>,
     /// It was told of to the outside, or may have been.
     pub alive: bool,
 }

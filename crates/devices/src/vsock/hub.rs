@@ -9,6 +9,7 @@
 
 use super::guest::{Endpoint, Fault, Guest, RX, TX};
 use super::outside::{GuestId, Outside};
+use super::sender::Senders;
 use super::spin::Spin;
 use super::stream::{Phase, Stream};
 use super::table::{Far, Id, Table};
@@ -67,6 +68,9 @@ pub struct Hub {
     pub(super) interrupts: Option<Instant>,
     /// Closed streams that still hold something, and until when they may.
     pub(super) orphans: VecDeque<(Instant, Id)>,
+    /// Threads that send files, and the streams that wait for one.
+    pub(super) senders: Senders,
+    pub(super) turns: VecDeque<Id>,
     events: Vec<Event>,
     spin: Spin,
 }
@@ -84,6 +88,7 @@ enum Token {
     Front(usize),
     Kick(usize),
     Stream(Id),
+    Senders,
 }
 
 impl Token {
@@ -93,6 +98,7 @@ impl Token {
             Token::Front(guest) => (1, 0, guest as u64),
             Token::Kick(guest) => (2, 0, guest as u64),
             Token::Stream(id) => (3, id.generation, id.index.into()),
+            Token::Senders => (4, 0, 0),
         };
         EventData::new_u64(tag << 56 | u64::from(high) << 32 | low)
     }
@@ -103,6 +109,7 @@ impl Token {
             0 => Token::Listener(index as usize),
             1 => Token::Front(index as usize),
             2 => Token::Kick(index as usize),
+            4 => Token::Senders,
             _ => Token::Stream(Id { index, generation }),
         }
     }
@@ -116,6 +123,8 @@ impl Hub {
     pub fn new(limits: Limits) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let spin = Spin::new(Instant::now());
+        let senders = Senders::new()?;
+        epoll::add(&epoll, senders.event(), Token::Senders.data(), EventFlags::IN)?;
         Ok(Hub {
             epoll,
             guests: Vec::new(),
@@ -126,6 +135,8 @@ impl Hub {
             touched: Vec::new(),
             interrupts: None,
             orphans: VecDeque::new(),
+            senders,
+            turns: VecDeque::new(),
             events: Vec::with_capacity(EVENTS),
             spin,
         })
@@ -238,8 +249,13 @@ impl Hub {
         }
         let id = self.add(index, Stream::dialled(stream), Far::Socket(socket));
         self.consider(id);
-        self.spin.wake(Instant::now());
+        self.wake();
         Ok(())
+    }
+
+    /// There is something to do.
+    pub(super) fn wake(&mut self) {
+        self.spin.wake(Instant::now());
     }
 
     /// The guest gave up a connection that is under way: it is closed, and nothing is told of it.
@@ -334,6 +350,7 @@ impl Hub {
                 // The queues are looked at in any case.
                 Token::Kick(_) => {}
                 Token::Stream(id) => self.socket_ready(id, flags, outside),
+                Token::Senders => self.threads_ready(outside),
             }
         }
         self.events = events;

@@ -12,6 +12,8 @@ mod guest;
 mod hub;
 mod outside;
 mod receive;
+mod sender;
+mod sendfile;
 mod spin;
 mod streams;
 mod table;

@@ -71,6 +71,11 @@ pub trait Outside {
     /// sent before it closed may still be on its way.
     fn ended(&mut self, guest: GuestId, stream: StreamKey, end: End);
 
+    /// What came of [`super::Hub::send_file`]: so many bytes were sent (fewer than asked for: the file ends there, it was stopped, or
+    /// there is no room), or none and the guest's own kernel may try. Called before [`Self::ended`]. EOPNOTSUPP: the guest has no
+    /// files that are sent from.
+    fn sent(&mut self, _guest: GuestId, _ticket: u64, _result: Result<Option<u64>, Errno>) {}
+
     /// Bytes of the guest's control stream. An error drops it, and all streams of the guest.
     ///
     /// # Errors

@@ -229,6 +229,11 @@ impl Stream {
         }
     }
 
+    /// The guest is to be told of its credit, though it knows.
+    pub fn owe_credit(&mut self) {
+        self.owed.credit = true;
+    }
+
     /// Bytes that the guest has room for.
     #[must_use]
     pub fn room(&self) -> u32 {

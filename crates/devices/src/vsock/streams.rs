@@ -75,6 +75,9 @@ impl Hub {
     pub(super) fn discard(&mut self, id: Id) -> Option<Entry> {
         self.unname(id);
         let entry = self.table.remove(id)?;
+        if let Some(sending) = &entry.sending {
+            sending.stop();
+        }
         if let Some(guest) = self.guest(entry.guest) {
             guest.held = guest.held.saturating_sub(entry.held.len());
         }
@@ -85,8 +88,9 @@ impl Hub {
     pub(super) fn drop_streams(&mut self, index: usize) {
         for id in self.table.of_guest(index) {
             self.unname(id);
+            let sends = self.silence(id);
             let Some(entry) = self.table.get_mut(id) else { continue };
-            if entry.stream.phase() == Phase::Open && !entry.held.is_empty() {
+            if entry.stream.phase() == Phase::Open && (sends || !entry.held.is_empty()) {
                 let already = std::mem::replace(&mut entry.orphan, true);
                 entry.finishing = true;
                 if !already {
@@ -106,6 +110,7 @@ impl Hub {
 
     /// An open stream ended: tells the outside.
     pub(super) fn ended(&mut self, id: Id, errno: Option<Errno>, outside: &mut dyn Outside) {
+        self.end_sending(id, errno, outside);
         let Some(entry) = self.table.get(id) else { return };
         let end = End { bytes_out: entry.bytes_out, bytes_in: entry.bytes_in, errno };
         outside.ended(guest_id(entry.guest), entry.stream.key(), end);

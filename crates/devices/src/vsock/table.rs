@@ -1,5 +1,6 @@
 //! The streams of a hub, and the bytes that wait for one of their ends.
 
+use super::sendfile::Sending;
 use super::stream::Stream;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -36,6 +37,12 @@ pub(super) struct Entry {
     pub ending: bool,
     /// Bytes of the guest that the far end had no room for.
     pub held: VecDeque<u8>,
+    /// A part of a file that is being sent: what is held behind it waits.
+    pub sending: Option<Box<Sending>>,
+    /// It stands in line for a thread that sends.
+    pub in_turns: bool,
+    /// The guest was told of no room, and is to be told of some.
+    pub nudge: bool,
     /// Shut the far end's half when nothing is held.
     pub finishing: bool,
     /// The guest knows it no more; it lives until what is held is delivered.
@@ -58,6 +65,9 @@ impl Entry {
             writable: false,
             ending: false,
             held: VecDeque::new(),
+            sending: None,
+            in_turns: false,
+            nudge: false,
             finishing: false,
             orphan: false,
             queued: false,

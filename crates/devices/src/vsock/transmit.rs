@@ -239,7 +239,7 @@ impl Hub {
     ) -> Result<bool, Fault> {
         let Some(entry) = self.table.get_mut(id) else { return Ok(false) };
         match &entry.far {
-            Far::Socket(_) if entry.held.is_empty() && entry.writable => {
+            Far::Socket(_) if entry.held.is_empty() && entry.writable && entry.sending.is_none() => {
                 batch.stream = Some(id);
                 batch.bytes += bytes;
                 return Ok(true);
@@ -316,9 +316,13 @@ impl Hub {
     pub(super) fn flush_held(&mut self, id: Id, outside: &mut dyn Outside) {
         let mut delivered = 0;
         let mut error = None;
-        if let Some(Entry { far: Far::Socket(socket), held, writable, .. }) = self.table.get_mut(id) {
-            while *writable && !held.is_empty() {
+        if let Some(Entry { far: Far::Socket(socket), held, writable, sending, .. }) = self.table.get_mut(id)
+        {
+            // What came behind a file that is being sent waits.
+            let most = sending.as_ref().map_or(usize::MAX, |sending| sending.first());
+            while *writable && !held.is_empty() && delivered < most {
                 let (front, _) = held.as_slices();
+                let front = front.get(..most - delivered).unwrap_or(front);
                 match rustix::net::send(&*socket, front, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                     Ok(sent) => {
                         held.drain(..sent);
@@ -330,6 +334,9 @@ impl Hub {
                         break;
                     }
                 }
+            }
+            if let Some(sending) = sending {
+                sending.went(delivered);
             }
             if held.is_empty() {
                 // What a burst needed is not kept.
@@ -357,7 +364,7 @@ impl Hub {
     /// Shuts the far end's half, or lets go of an orphan, once nothing is held.
     pub(super) fn finish_far(&mut self, id: Id) {
         let Some(entry) = self.table.get_mut(id) else { return };
-        if !entry.finishing || !entry.held.is_empty() {
+        if !entry.finishing || !entry.held.is_empty() || entry.sending.is_some() {
             return;
         }
         let orphan = entry.orphan;

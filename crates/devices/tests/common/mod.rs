@@ -187,6 +187,7 @@ pub enum Told {
     Failed(GuestId, StreamKey, Errno),
     Rejected(GuestId, StreamKey),
     Ended(GuestId, StreamKey, End),
+    Sent(GuestId, u64, Result<Option<u64>, Errno>),
     Gone(GuestId),
 }
 
@@ -204,6 +205,7 @@ impl World {
     /// The next REQUEST gets this socket's other end.
     pub fn offer(&mut self) -> UnixStream {
         let (near, far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
         far.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
         self.verdicts.push_back(Verdict::Socket(near.into()));
         far
@@ -236,6 +238,10 @@ impl Outside for World {
 
     fn ended(&mut self, guest: GuestId, stream: StreamKey, end: End) {
         self.told.push(Told::Ended(guest, stream, end));
+    }
+
+    fn sent(&mut self, guest: GuestId, ticket: u64, result: Result<Option<u64>, Errno>) {
+        self.told.push(Told::Sent(guest, ticket, result));
     }
 
     fn control(&mut self, _: GuestId, bytes: &[u8]) -> Result<(), String> {

@@ -6,6 +6,7 @@ use kso_broker::guest::Devices;
 use kso_broker::{Broker, BrokerConfig, FilesRoute};
 use kso_core::files::Volume;
 use kso_devices::vsock::{Endpoint, GuestId};
+use kso_files::Files;
 use kso_wire::{GuestHello, Hello, MAX_MESSAGE, ToBroker, ToRunner, decode, encode};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
@@ -75,6 +76,15 @@ impl Served {
             Self::Here(here) => volumes::route(&mut here.broker, volume),
             // Refused when it was read.
             Self::Broker(_) => bail!("{}: not by another process's broker", volumes::name(volume)),
+        }
+    }
+
+    /// Lets the guest send from the files of a share without their passing it. A broker in another process has no files.
+    pub fn offer_files(&mut self, share: &str, files: Files) {
+        if let Self::Here(here) = self
+            && let Some(guest) = here.guest
+        {
+            here.devices.offer_files(guest, share, files);
         }
     }
 

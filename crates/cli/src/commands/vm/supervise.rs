@@ -80,6 +80,11 @@ pub fn supervise(args: &VmArgs, hello: &Hello) -> Result<u8> {
     config.append.clone_from(&args.append);
     config.arguments.clone_from(&args.qemu_arg);
     let (files, systems) = super::files::serve(args, &mut served, &directories)?;
+    for (mount, system) in files.iter().zip(&systems) {
+        if let Some(files) = mount.files() {
+            served.offer_files(&system.tag, files);
+        }
+    }
     config.file_systems = systems;
     let machine = Machine::start(&config)?;
     // QEMU has its own copies of the sockets: ours would keep the devices from seeing its end.
