@@ -38,16 +38,20 @@ impl Descriptors {
     /// A copy of the descriptor that a call names as its first argument.
     pub(crate) fn target(&mut self, notification: Notification) -> io::Result<Target> {
         let number = notification.args[0] as i32;
-        let tid = notification.tid;
+        Ok(Target { notification, number, socket: self.copy(notification.tid, number)? })
+    }
+
+    /// A copy of a descriptor that a calling thread has.
+    pub(crate) fn copy(&mut self, tid: u32, number: i32) -> io::Result<OwnedFd> {
         // A number that was given to another thread since is noticed here: the old one's descriptor says ESRCH.
         let known =
             self.threads.again(tid).and_then(|thread| remote::take_descriptor(thread.descriptor(), number));
-        let socket = match known {
-            Ok(socket) => socket,
-            Err(error) if error.raw_os_error() == Some(numbers::EBADF) => return Err(error),
-            Err(_) => remote::take_descriptor(self.threads.get(tid)?.descriptor(), number)?,
-        };
-        Ok(Target { notification, number, socket })
+        match known {
+            Err(error) if error.raw_os_error() != Some(numbers::EBADF) => {
+                remote::take_descriptor(self.threads.get(tid)?.descriptor(), number)
+            }
+            known => known,
+        }
     }
 
     /// The process of a calling thread.

@@ -71,6 +71,9 @@ impl GuestRunner {
 
     /// Concludes a call by the broker's answer. One that nobody waits for is dropped.
     pub(super) fn answered(&mut self, id: u64, result: Result<GuestReply, Failure>) {
+        if let Some(sending) = self.sending.remove(&id) {
+            return self.file_sent(&sending, result);
+        }
         let Some(Asked { target, purpose, .. }) = self.asked.remove(&id) else { return };
         let id = target.notification.id;
         let outcome = self.answer(target, purpose, result).unwrap_or_else(|error| {

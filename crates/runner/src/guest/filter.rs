@@ -4,6 +4,7 @@
 //! in a guest, so the conditions are as narrow as a filter can make them, and `sendto` with an address is not among
 //! them: each datagram would pay.
 
+use super::sendfile;
 use crate::interceptor::{self, Publishing};
 use kso_sys::notify::{Action, Condition, Rule};
 use kso_sys::{numbers as number, options, vsock};
@@ -84,6 +85,8 @@ pub fn rules(publishing: Publishing, io_uring: bool) -> Vec<Rule> {
     for option in set {
         rules.push(notify(number::SETSOCKOPT, vec![is(1, SOL_SOCKET), is(2, option)]));
     }
+    rules.push(notify(number::SENDFILE, vec![Condition::Above(3, sendfile::LEAST)]));
+    rules.push(notify(number::SENDFILE, vec![Condition::Wide(3)]));
     for request in [vsock::FIONREAD, vsock::SIOCOUTQ] {
         rules.push(notify(number::IOCTL, vec![is(1, request)]));
     }

@@ -149,7 +149,7 @@ impl GuestRunner {
         for port in ports {
             self.answer_connecting(port, Response::Error(kso_sys::errno::to_raw(Errno::ENETDOWN)));
         }
-        let asked: Vec<u64> = self.asked.keys().copied().collect();
+        let asked: Vec<u64> = self.asked.keys().chain(self.sending.keys()).copied().collect();
         for id in asked {
             self.answered(id, Err(kso_wire::Failure::kernel(Errno::ENETDOWN)));
         }
@@ -176,10 +176,11 @@ impl GuestRunner {
         let mut budget = LOOKS;
         let mut quiet = self.look_connecting(now, &mut budget);
         quiet &= self.look_accepting(now, &mut budget);
+        quiet &= self.look_sending(now, &mut budget);
         self.look_unnamed();
         self.quiet = if quiet { self.quiet.saturating_add(1) } else { 0 };
-        let waits = self.connecting.len() + self.accepting.len() + self.asked.len() + self.unnamed.len();
-        if waits > 0 {
+        let held = self.connecting.len() + self.accepting.len() + self.sending.len();
+        if held + self.asked.len() + self.unnamed.len() > 0 {
             let pause = if self.quiet > LAZY_AFTER { LAZY_EVERY } else { LOOK_EVERY };
             self.look_at = Some(now + pause);
         }

@@ -10,6 +10,7 @@
 //!  listen ---- not published ---------------------------------------> CONTINUE
 //!     +------- a vsock listener, Ask Listen; swap it in ------------> 0
 //!  accept, with a place for the address ----------------------------> accepted here, handed over
+//!  sendfile, from a file of the host's -----------------------------> done by the host
 //!  getsockname, getpeername, getsockopt, setsockopt, FIONREAD ------> answered as TCP would
 //! ```
 //!
@@ -36,6 +37,8 @@ mod peers;
 mod ports;
 mod recent;
 mod run;
+mod sendfile;
+mod shares;
 mod signals;
 mod stock;
 mod underway;
@@ -181,6 +184,11 @@ pub struct GuestRunner {
     /// Connections that were taken for a caller before the broker said whose they are, by the listener's vsock port and
     /// the VMM's.
     unnamed: HashMap<(u32, u32), accept::Unnamed>,
+    /// `sendfile`s that the host performs, by their request's name.
+    sending: HashMap<u64, sendfile::Sending>,
+    /// It does, and this kernel lets it.
+    sends_files: bool,
+    shares: shares::Shares,
     /// Watches what held calls wait for.
     events: OwnedFd,
     /// When callers that wait are looked at next.
@@ -233,6 +241,9 @@ impl GuestRunner {
             connecting: HashMap::new(),
             accepting: HashMap::new(),
             unnamed: HashMap::new(),
+            sending: HashMap::new(),
+            sends_files: sendfile::can_hold(&rustix::system::uname().release().to_string_lossy()),
+            shares: shares::Shares::default(),
             events,
             look_at: None,
             sweep_at: None,
@@ -256,6 +267,7 @@ impl GuestRunner {
             numbers::SETSOCKOPT => self.setsockopt(notification),
             numbers::GETSOCKOPT => self.getsockopt(notification),
             numbers::IOCTL => self.ioctl(notification),
+            numbers::SENDFILE => self.sendfile(notification),
             numbers::EPOLL_CREATE1 => self.epoll_made(notification),
             #[cfg(target_arch = "x86_64")]
             numbers::EPOLL_CREATE => self.epoll_made(notification),

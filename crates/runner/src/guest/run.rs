@@ -89,7 +89,8 @@ impl GuestRunner {
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let events = self.events.as_fd();
         let calls = if self.supervising { self.notifier.as_fd() } else { events };
-        let awaited = !(self.asked.is_empty() && self.connecting.is_empty() && self.unnamed.is_empty());
+        let held = self.connecting.len() + self.sending.len() + self.unnamed.len();
+        let awaited = held + self.asked.len() > 0;
         let mut by_control = PollFlags::empty();
         by_control.set(PollFlags::IN, awaited || self.rest_until.is_none());
         by_control.set(PollFlags::OUT, self.control.has_waiting());
