@@ -1,9 +1,10 @@
-//! Messages from a runner and from a broker. The first byte says which.
+//! Messages from a runner and from a broker, of a sandbox and of a guest. The first byte says which.
 //!
 //! What is read keeps every bound, can be written, and is then read as the same.
 #![no_main]
 
 use kso_wire::codec::Bounded;
+use kso_wire::guest::{ToGuest, ToHost};
 use kso_wire::{ToBroker, ToRunner, decode, encode};
 use libfuzzer_sys::fuzz_target;
 
@@ -20,5 +21,10 @@ where
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((direction, bytes)) = bytes.split_first() else { return };
-    if direction & 1 == 0 { check::<ToBroker>(bytes) } else { check::<ToRunner>(bytes) }
+    match direction % 4 {
+        0 => check::<ToBroker>(bytes),
+        1 => check::<ToRunner>(bytes),
+        2 => check::<ToHost>(bytes),
+        _ => check::<ToGuest>(bytes),
+    }
 });

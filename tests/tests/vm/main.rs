@@ -9,6 +9,7 @@ mod hostile;
 mod killed;
 mod lifecycle;
 mod many;
+mod sendfile;
 mod terminal;
 
 use std::time::Duration;
