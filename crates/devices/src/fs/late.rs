@@ -94,8 +94,42 @@ impl Parked {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests {
+    use super::super::chain::room;
     use super::*;
+    use vm_memory::GuestMemoryMmap;
+
+    const DESCRIPTORS: u64 = 0;
+    const AVAILABLE: u64 = 0x1000;
+    const USED: u64 = 0x2000;
+
+    /// A queue in which a request with room for 10 and 100 bytes waits.
+    fn parked() -> (Parked, Arc<Memory>) {
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap());
+        // Address, length, flags (1: there is a next one, 2: it is written to), the next one (virtio 1.2, 2.7.5).
+        for (at, (address, length, flags, next)) in
+            [(0x8000_u64, 40_u32, 1_u16, 1_u16), (0x9000, 10, 3, 2), (0xa000, 100, 2, 0)]
+                .into_iter()
+                .enumerate()
+        {
+            let descriptor = GuestAddress(DESCRIPTORS + 16 * at as u64);
+            let bytes = [
+                &address.to_le_bytes()[..],
+                &length.to_le_bytes(),
+                &flags.to_le_bytes(),
+                &next.to_le_bytes(),
+            ];
+            memory.write_slice(&bytes.concat(), descriptor).unwrap();
+        }
+        memory.write_obj(1_u16.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
+        let layout = [DESCRIPTORS, AVAILABLE, USED];
+        let (queue, _) = Queue::in_memory(memory.clone(), 4, layout, false).unwrap();
+        let chain = queue.lock().unwrap().pop(memory.as_ref()).unwrap().unwrap();
+        let head = chain.head_index();
+        let room = room(chain);
+        (Parked { queue: Arc::new(queue), memory: memory.clone(), head, room }, memory)
+    }
 
     #[test]
     fn replies_that_nobody_fetches_are_few() {
@@ -104,5 +138,32 @@ mod tests {
             late.complete(unique, 4);
         }
         assert_eq!(late.state().early.len(), MAX_EARLY);
+    }
+
+    #[test]
+    fn a_whole_reply_goes_where_the_request_left_room() {
+        let reply: Vec<u8> = (0..60).collect();
+        for early in [false, true] {
+            let late = Late::default();
+            let (parked, memory) = parked();
+            let used = || memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap();
+            if early {
+                late.reply(7, &reply);
+                assert_eq!(used(), 0);
+                late.park(7, parked);
+            } else {
+                late.park(7, parked);
+                // Another's is not this one's.
+                late.reply(8, &[]);
+                assert_eq!(used(), 0);
+                late.reply(7, &reply);
+            }
+            assert_eq!(used(), 1);
+            assert_eq!(memory.read_obj::<[u32; 2]>(GuestAddress(USED + 4)).unwrap(), [0, 60]);
+            let mut got = vec![0; 60];
+            memory.read_slice(&mut got[..10], GuestAddress(0x9000)).unwrap();
+            memory.read_slice(&mut got[10..], GuestAddress(0xa000)).unwrap();
+            assert_eq!(got, reply);
+        }
     }
 }

@@ -187,14 +187,12 @@ pub fn perform(root: &Path, step: &Step) -> String {
             rustix::fs::utimensat(CWD, path(name), &times, AtFlags::SYMLINK_NOFOLLOW).map(|()| String::new())
         }
         Step::List(name) => {
-            let mut names: Vec<_> = fs::read_dir(path(name))
-                .map_err(|error| Errno::from_io_error(&error).unwrap())?
-                .map(|entry| {
-                    let entry = entry.unwrap();
-                    (entry.file_name(), entry.file_type().unwrap())
-                })
-                .map(|(name, kind)| format!("{name:?} {kind:?}"))
-                .collect();
+            let names = fs::read_dir(path(name)).and_then(|entries| {
+                let named =
+                    |entry: fs::DirEntry| Ok(format!("{:?} {:?}", entry.file_name(), entry.file_type()?));
+                entries.map(|entry| entry.and_then(named)).collect::<std::io::Result<Vec<_>>>()
+            });
+            let mut names = names.map_err(|error| Errno::from_io_error(&error).unwrap())?;
             names.sort();
             Ok(names.join(" "))
         }
