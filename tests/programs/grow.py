@@ -25,7 +25,7 @@ def text(draw, lines):
 def tree():
     draw = random.Random(1)
     paths = []
-    for number in range(2000):
+    for number in range(1200):
         directory = "/".join(draw.choices(words, k=draw.randrange(4)))
         name = f"{draw.choice(words)}-{number}{draw.choice(['', '.c', '.rs', ' with blanks', '.é'])}"
         path = os.path.join(root, directory, name)
@@ -34,7 +34,7 @@ def tree():
             target = draw.choice(paths)
             os.symlink(os.path.relpath(target, os.path.dirname(path)), path)
             continue
-        size = draw.choice([0, 1, 20, 20, 100, 100, 400, 3000])
+        size = draw.choice([0, 1, 20, 20, 50, 100, 400])
         data = draw.randbytes(size * 50) if number % 10 == 0 else text(draw, size)
         write(path, data, draw.choice([0o644, 0o644, 0o755, 0o600]))
         if number % 40 == 1:
@@ -52,7 +52,7 @@ def project():
     objects = " ".join(f"src/{name}.o" for name in [*names, "main"])
     write(f"{root}/Makefile", f"all: {objects}\n\tcc -o all {objects}\n%.o: %.c src/all.h\n\tcc -O1 -c -o $@ $<\n".encode())
     draw = random.Random(2)
-    for number in range(150):
+    for number in range(60):
         write(f"{root}/package/usr/share/kso-test/{draw.choice(words)}/{number}", text(draw, 40))
     control = "Package: kso-test\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: files\n"
     write(f"{root}/package/DEBIAN/control", control.encode())
