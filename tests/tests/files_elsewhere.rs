@@ -170,6 +170,50 @@ fn gvisor_performs_the_files_of_a_sandbox() {
 }
 
 #[test]
+fn an_image_is_read_without_a_kernels_file_system_code() {
+    if sh("command -v mke2fs").run().code() != Some(0) {
+        eprintln!("mke2fs is not installed: NOT TESTED (apt-get install e2fsprogs)");
+        return;
+    }
+    let world = World::new();
+    let root = tree(&world, "outer/data");
+    let mount = place(&world, "mount");
+    let (outer, image) = (world.path("outer"), world.path("disk.ext4"));
+    world.native(argv(["mke2fs", "-q", "-t", "ext4", "-d", &outer, &image, "64m"])).ok();
+    let flags = format!("--external disk=image,path={image} -v disk:/data:{mount}");
+    // Links and sizes of directories are the image's own, and it has whole seconds.
+    let tell = "find . -printf '%P|%y|%m|%U:%G|%l|%Ts\n' | sort; find . -type f -print0 | sort -z | xargs -0 sha256sum";
+    let native = world.native(sh(tell).cwd(&root)).ok();
+    let inside =
+        in_sandbox(&world, &flags, sh(format!("cd {mount} && {tell}")).limit(seconds(90))).run().ok();
+    for (one, other) in native.text().lines().zip(inside.text().lines()) {
+        assert_eq!(one, other);
+    }
+    assert_eq!(native.text(), inside.text());
+    let script = format!(
+        "cd {mount}; for c in 'echo x > page' 'touch new' 'rm page' 'mkdir d'; do sh -c \"$c\" && echo SUCCEEDED; done; \
+         tail -c 5 big | od -c; dd if=big bs=1 skip=5000000 count=4 2>/dev/null | od -c"
+    );
+    let out = in_sandbox(&world, &flags, sh(script)).run().ok();
+    assert!(!out.text().contains("SUCCEEDED"), "{}", out.report());
+    assert_eq!(out.errors().matches("Read-only file system").count(), 4, "{}", out.report());
+    // A part of it in a guest, and what cannot be had.
+    let guest = format!("--external disk=image,path={image} -v disk:/data/deep:/srv/deep:ro");
+    world.guest(&guest, sh("wc -c < /srv/deep/er/and/deeper/file")).run().ok().shows("100001");
+    for (kernel, path, why) in [
+        (format!("disk=image,path={image}"), "/data/nothing", "no such directory"),
+        (format!("disk=image,path={image}"), "/data/link", "no directory"),
+        (format!("disk=image,path={}", world.path("missing")), "/", "No such file"),
+        (format!("disk=image,path={}", world.file("noimage", "text")), "/", "no ext4 file system"),
+    ] {
+        let out =
+            in_sandbox(&world, &format!("--external {kernel} -v disk:{path}:{mount}"), sh("true")).run();
+        assert!(out.code() == Some(125) && out.errors().contains(why), "{why}: {}", out.report());
+    }
+    world.nothing_left();
+}
+
+#[test]
 fn an_open_file_outlives_its_provider() {
     let world = World::new();
     let (root, mount) = (place(&world, "tree"), place(&world, "mount"));

@@ -6,6 +6,7 @@
 //!   --kernel 'netstack,address=10.77.0.2/24,gateway=10.77.0.1'
 //!   --external 'box=gvisor,share=/srv,share=/etc/ssl:ro'   directories that it can serve
 //!   --external 'deb=vm,kernel=6.12,memory=512M,disk=/images/srv.ext4@/srv:ro'     ,, stands for a comma
+//!   --external 'disk=image,path=/var/lib/images/disk.ext4' a file system in an image
 //! ```
 //!
 //! ```toml
@@ -63,12 +64,14 @@ pub enum Make {
     Remote,
     /// A Linux of any version in a virtual machine, with a provider inside.
     Vm,
+    /// A file system in an image, read by code of this process: files only.
+    Image,
 }
 
 impl Make {
     /// All there are.
-    pub const ALL: [Self; 6] =
-        [Self::Host, Self::Gvisor, Self::Netstack, Self::Provider, Self::Remote, Self::Vm];
+    pub const ALL: [Self; 7] =
+        [Self::Host, Self::Gvisor, Self::Netstack, Self::Provider, Self::Remote, Self::Vm, Self::Image];
 
     /// As it is written.
     #[must_use]
@@ -80,6 +83,7 @@ impl Make {
             Self::Provider => "provider",
             Self::Remote => "remote",
             Self::Vm => "vm",
+            Self::Image => "image",
         }
     }
 }
@@ -111,7 +115,7 @@ pub struct KernelSpec {
     pub attach: Attach,
     /// Silent for so long, it counts as hung.
     pub patience: Duration,
-    /// Where a provider listens.
+    /// Where a provider listens, or the image is.
     pub path: Option<PathBuf>,
     /// Where a provider is, for [`Make::Remote`].
     pub remote: Option<Remote>,
@@ -312,6 +316,12 @@ impl KernelSpec {
         let remote = Remote::read(make, &settings).map_err(error)?;
         // Its address is where it is reached; its own ones it tells.
         let addresses: &[String] = if remote.is_some() { &[] } else { &settings.address };
+        if make == Make::Image && settings.path.is_none() {
+            return Err(error("the path of the image is missing: path=/var/lib/images/disk.ext4".into()));
+        }
+        if make == Make::Image && !settings.share.is_empty() {
+            return Err(error("all of an image is shared: leave out share=".into()));
+        }
         if make == Make::Provider && !settings.share.is_empty() {
             return Err(error("what a provider shares is told to itself: kso provide --share DIR".into()));
         }
@@ -445,6 +455,8 @@ mod tests {
             ("x=gvisor,color=red", "no setting"),
             ("x=gvisor,attach=wifi", "bridge:NAME"),
             ("x=provider", "path=/run"),
+            ("x=image", "path=/var"),
+            ("x=image,path=/i,share=/srv", "leave out share="),
             ("x=provider,path=/p,share=/srv", "kso provide --share"),
             ("x=gvisor,share=srv", "absolute"),
             ("x=gvisor,patience_ms=1", "at least 50"),

@@ -19,6 +19,7 @@ mod buffers;
 mod frames;
 mod handles;
 mod hello;
+pub mod image;
 mod inodes;
 mod locks;
 pub mod mount;

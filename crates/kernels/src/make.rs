@@ -7,6 +7,7 @@ use crate::remote::Remote;
 use crate::vm::Vm;
 use kso_core::files;
 use kso_core::kernels::{KernelSpec, Make};
+use kso_files::image::Image;
 use kso_provider::relay::stream_pair;
 use kso_provider::server::{Export, Limits, Shared};
 use std::io;
@@ -117,6 +118,7 @@ impl Keep {
 pub(crate) fn start(spec: &KernelSpec, program: &Path, number: u64) -> Result<Started, StartError> {
     match spec.make {
         Make::Host => host(spec),
+        Make::Image => image(spec),
         Make::Provider => {
             let path = spec.path.clone().unwrap_or_default();
             let stream = UnixStream::connect(&path)
@@ -159,6 +161,22 @@ fn host(spec: &KernelSpec) -> Result<Started, StartError> {
         let step = StartError::step(format!("share {}", directory.display()));
         shared.exports.push(Export::open(directory, *read_only).map_err(step)?);
     }
+    in_thread(shared, control, other)
+}
+
+/// A provider on a thread of this process, for the files of an image.
+fn image(spec: &KernelSpec) -> Result<Started, StartError> {
+    let (control, other) = stream_pair().map_err(StartError::step("make a stream"))?;
+    let path = spec.path.clone().unwrap_or_default();
+    let step = StartError::step(format!("use the image {}", path.display()));
+    let image = Image::open(&path).map_err(|error| step(io::Error::other(error)))?;
+    let exports = vec![Export::image(image)];
+    let mut shared = Shared::default();
+    (shared.exports, shared.files_only) = (exports, true);
+    in_thread(shared, control, other)
+}
+
+fn in_thread(shared: Shared, control: OwnedFd, other: OwnedFd) -> Result<Started, StartError> {
     std::thread::Builder::new()
         .name("kso-provider".into())
         .spawn(move || {
@@ -174,7 +192,7 @@ fn host(spec: &KernelSpec) -> Result<Started, StartError> {
 #[must_use]
 pub fn missing(make: Make) -> Vec<String> {
     let mut missing = Vec::new();
-    if matches!(make, Make::Host | Make::Provider | Make::Remote) {
+    if matches!(make, Make::Host | Make::Provider | Make::Remote | Make::Image) {
         return missing;
     }
     if !rustix::process::geteuid().is_root() {

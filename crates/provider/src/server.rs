@@ -55,6 +55,8 @@ pub struct Shared {
     pub addresses: Vec<IpAddr>,
     /// Directories that brokers may have.
     pub exports: Vec<Export>,
+    /// No sockets are served.
+    pub files_only: bool,
 }
 
 impl Shared {

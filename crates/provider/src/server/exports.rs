@@ -1,8 +1,9 @@
-//! The directories that a provider offers.
+//! The directories that a provider offers, or an image.
 //!
 //! A broker names a directory by its path; it gets it if an export is that directory or holds it. The way from the export to the
 //! directory is resolved by the kernel beneath the export's own descriptor: neither `..` nor a link leads out.
 
+use kso_files::image::Image;
 use kso_wire::Errno;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 use std::io;
@@ -18,7 +19,13 @@ const ATTEMPTS: usize = 64;
 pub struct Export {
     directory: PathBuf,
     read_only: bool,
-    root: Arc<OwnedFd>,
+    root: Root,
+}
+
+#[derive(Clone, Debug)]
+enum Root {
+    Directory(Arc<OwnedFd>),
+    Image(Image),
 }
 
 impl Export {
@@ -29,15 +36,22 @@ impl Export {
     pub fn open(directory: &Path, read_only: bool) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(directory, flags, Mode::empty())?;
-        Ok(Self { directory: directory.components().collect(), read_only, root: Arc::new(root) })
+        let root = Root::Directory(Arc::new(root));
+        Ok(Self { directory: directory.components().collect(), read_only, root })
+    }
+
+    /// Offers all of an image, as the root.
+    #[must_use]
+    pub fn image(image: Image) -> Self {
+        Self { directory: "/".into(), read_only: true, root: Root::Image(image) }
     }
 }
 
 /// A directory that was asked for and may be had.
 #[derive(Debug)]
-pub(super) struct Found {
-    pub directory: OwnedFd,
-    pub read_only: bool,
+pub(super) enum Found {
+    Directory { directory: OwnedFd, read_only: bool },
+    Image { image: Image, path: PathBuf },
 }
 
 /// Looks a directory up in what is offered.
@@ -52,11 +66,16 @@ pub(super) fn find(exports: &[Export], path: &Path) -> Result<Found, Errno> {
     // Of those that hold it the innermost says how.
     let holding = exports.iter().filter_map(|export| Some((export, inner(export)?)));
     let (export, rest) = holding.min_by_key(|(_, rest)| rest.components().count()).ok_or(Errno::EACCES)?;
-    let directory = beneath(export.root.as_fd(), &rest).map_err(|error| match error {
-        rustix::io::Errno::XDEV => Errno::EACCES,
-        other => crate::errno(other),
-    })?;
-    Ok(Found { directory, read_only: export.read_only })
+    match &export.root {
+        Root::Directory(root) => {
+            let directory = beneath(root.as_fd(), &rest).map_err(|error| match error {
+                rustix::io::Errno::XDEV => Errno::EACCES,
+                other => crate::errno(other),
+            })?;
+            Ok(Found::Directory { directory, read_only: export.read_only })
+        }
+        Root::Image(image) => Ok(Found::Image { image: image.clone(), path: rest }),
+    }
 }
 
 fn beneath(root: BorrowedFd<'_>, rest: &Path) -> rustix::io::Result<OwnedFd> {
@@ -90,7 +109,7 @@ fn step_by_step(root: BorrowedFd<'_>, rest: &Path) -> rustix::io::Result<OwnedFd
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 mod tests {
     use super::*;
     use std::fs;
@@ -110,7 +129,12 @@ mod tests {
         symlink("/proc/self/cwd", path("open/magic")).unwrap();
         let exports =
             [Export::open(&path("open"), false).unwrap(), Export::open(&path("open/secret"), true).unwrap()];
-        let find = |name: &str| find(&exports, &path(name)).map(|found| found.read_only);
+        let find = |name: &str| {
+            find(&exports, &path(name)).map(|found| match found {
+                Found::Directory { read_only, .. } => read_only,
+                Found::Image { .. } => panic!("there is none"),
+            })
+        };
         assert_eq!(
             (find("open"), find("open/a/b"), find("open/inside/b")),
             (Ok(false), Ok(false), Ok(false))
@@ -124,7 +148,8 @@ mod tests {
         assert_eq!(find("open/../closed"), Err(Errno::EINVAL));
         assert_eq!(super::find(&exports, Path::new("open")).unwrap_err(), Errno::EINVAL);
         assert_eq!(super::find(&[], Path::new("/")).unwrap_err(), Errno::EOPNOTSUPP);
-        let walk = |rest: &str| step_by_step(exports[0].root.as_fd(), Path::new(rest)).is_ok();
+        let Root::Directory(root) = &exports[0].root else { panic!("it is one") };
+        let walk = |rest: &str| step_by_step(root.as_fd(), Path::new(rest)).is_ok();
         assert!(walk("a/b") && walk("a/./b"));
         assert!(!walk("inside") && !walk("outside") && !walk("../closed") && !walk("file"));
     }

@@ -268,7 +268,9 @@ impl Session {
         rustix::io::ioctl_fionbio(&stream, true)?;
         match purpose {
             Purpose::Connect(order) => {
-                let opened = if self.is_full() {
+                let opened = if self.shared.files_only {
+                    Err(Errno::EOPNOTSUPP)
+                } else if self.is_full() {
                     Err(Errno::ENOBUFS)
                 } else {
                     self.streams.connect(self.epoll.as_fd(), &order, stream)
@@ -312,8 +314,13 @@ impl Session {
                     return Err(Fault::OutOfOrder("it used the name of a listener twice"));
                 }
                 let full = self.draining_since.is_some() || self.listeners.count() >= self.limits.listeners;
-                let opened =
-                    if full { Err(Errno::ENOBUFS) } else { self.listeners.open(self.epoll.as_fd(), &order) };
+                let opened = if self.shared.files_only {
+                    Err(Errno::EOPNOTSUPP)
+                } else if full {
+                    Err(Errno::ENOBUFS)
+                } else {
+                    self.listeners.open(self.epoll.as_fd(), &order)
+                };
                 let listener = order.listener;
                 self.tell(&match opened {
                     Ok(local) => ToBroker::Listening { listener, local },
@@ -363,7 +370,10 @@ impl Session {
         tracing::info!(broker = name, "a broker came");
         let told = &self.shared.addresses;
         let addresses = if told.is_empty() { own_addresses() } else { told.clone() };
-        let mut services = vec![Service::TcpConnect, Service::TcpListen];
+        let mut services = Vec::new();
+        if !self.shared.files_only {
+            services.extend([Service::TcpConnect, Service::TcpListen]);
+        }
         if !self.exports.is_empty() {
             services.push(Service::Files);
         }

@@ -8,8 +8,8 @@
 //! A directory may be on a slow disk, so nothing of it runs in the session's loop. Each has a file service of its own: what its
 //! client held ends with its stream. When the session ends so do its streams.
 
-use super::exports::{self, Export};
-use kso_files::{Cache, Service, Share};
+use super::exports::{self, Export, Found};
+use kso_files::{Cache, Service, Share, ShareError};
 use kso_wire::Errno;
 use kso_wire::provide::{self, Caching, StreamId, ToBroker};
 use rustix::event::{EventfdFlags, eventfd};
@@ -21,6 +21,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// How long a client may believe what it was told of an image, which nobody changes.
+const IMAGE: Duration = Duration::from_secs(3600);
 
 /// What threads say, for the session to pass on.
 #[derive(Debug)]
@@ -132,10 +136,44 @@ fn serve(
     said: &Said,
 ) -> Result<(), Errno> {
     let path = Path::new(OsStr::from_bytes(&order.path));
-    let found = exports::find(exports, path)?;
-    // By the descriptor: its path may lead elsewhere by now.
-    let mut share = Share::new(format!("/proc/self/fd/{}", found.directory.as_raw_fd()));
-    if order.read_only || found.read_only {
+    let shared = || {
+        tracing::info!(path = %path.display(), "a directory is shared");
+        said.say(ToBroker::Shared { stream: order.stream });
+    };
+    let ended = match exports::find(exports, path)? {
+        Found::Directory { directory, read_only } => {
+            let service = service(&directory, order, read_only, descriptors).map_err(|error| {
+                tracing::warn!(path = %path.display(), %error, "a directory cannot be shared");
+                Errno::EIO
+            })?;
+            drop(directory);
+            shared();
+            kso_files::stream::serve(service, stream)
+        }
+        Found::Image { image, path } => {
+            let validity = if order.caching == Caching::None { Duration::ZERO } else { IMAGE };
+            let volume = image.volume(&path, validity).map_err(crate::errno)?;
+            shared();
+            volume.serve(stream)
+        }
+    };
+    let errno = ended.err().map(|error| {
+        tracing::warn!(path = %path.display(), %error, "a directory is not shared any more");
+        kso_sys::errno::of(&error)
+    });
+    said.say(ToBroker::Ended { stream: order.stream, bytes_in: 0, bytes_out: 0, errno });
+    Ok(())
+}
+
+/// The file service of a directory, by its descriptor: its path may lead elsewhere by now.
+fn service(
+    directory: &OwnedFd,
+    order: &provide::Share,
+    read_only: bool,
+    descriptors: usize,
+) -> Result<Arc<Service>, ShareError> {
+    let mut share = Share::new(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+    if order.read_only || read_only {
         share = share.read_only();
         share.mounted_read_only = order.read_only;
     }
@@ -145,18 +183,5 @@ fn serve(
         Caching::Always => Cache::Always,
     };
     share.descriptors = Some(descriptors);
-    let service = Service::detached(share).map_err(|error| {
-        tracing::warn!(path = %path.display(), %error, "a directory cannot be shared");
-        Errno::EIO
-    })?;
-    drop(found);
-    said.say(ToBroker::Shared { stream: order.stream });
-    tracing::info!(path = %path.display(), "a directory is shared");
-    let ended = kso_files::stream::serve(service, stream);
-    let errno = ended.err().map(|error| {
-        tracing::warn!(path = %path.display(), %error, "a directory is not shared any more");
-        kso_sys::errno::of(&error)
-    });
-    said.say(ToBroker::Ended { stream: order.stream, bytes_in: 0, bytes_out: 0, errno });
-    Ok(())
+    Service::detached(share)
 }
