@@ -209,7 +209,9 @@ impl Pump {
     }
 
     fn watch(&mut self, events: &OwnedFd) -> io::Result<()> {
-        let (full, empty) = (self.end == self.buffer.len(), self.start == self.end);
+        let empty = self.start == self.end;
+        // What was written to the last byte has room again, however far the marks are.
+        let full = self.end == self.buffer.len() && !empty;
         let mut always_ready = false;
         if let Some(source) = &mut self.source {
             source.watch(events, EventFlags::IN, !full && !self.paused, self.data)?;
@@ -269,6 +271,22 @@ mod tests {
         }
         drop(pump);
         reader.join().unwrap()
+    }
+
+    #[test]
+    fn a_buffer_that_was_written_to_its_last_byte_takes_more() {
+        let (source, mut writer) = UnixStream::pair().unwrap();
+        let (sink, _reader) = UnixStream::pair().unwrap();
+        let (mut pump, events) =
+            (Pump::new(Stream::socket(source.into()), Stream::socket(sink.into()), 0), events());
+        // As after a turn whose last read filled the buffer, all of which was then written.
+        (pump.start, pump.end) = (BUFFER, BUFFER);
+        pump.watch(&events).unwrap();
+        writer.write_all(b"more").unwrap();
+        let mut ready = Vec::with_capacity(1);
+        let second = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+        epoll::wait(&events, rustix::buffer::spare_capacity(&mut ready), Some(&second)).unwrap();
+        assert_eq!(ready.len(), 1);
     }
 
     #[test]
