@@ -75,7 +75,8 @@ impl Agent {
 
     /// Ends it.
     pub fn finish(self) {
-        self.running.finish(seconds(60)).ok();
+        // Counted from its start.
+        self.running.finish(seconds(900)).ok();
     }
 }
 
