@@ -135,14 +135,12 @@ fn locks_that_wait_are_counted() {
         client.ask(Opcode::SetLk, node, range(1, fh, 1, 0, 9, 1).as_bytes()).unwrap();
         let mut refused = 0;
         for _ in 0..1100 {
-            match client.ask(Opcode::SetLkW, node, range(2, fh, 1, 0, 9, 2).as_bytes()) {
-                // It waits.
-                Err(0) => {}
-                Err(error) => {
-                    assert_eq!(error, raw(Errno::NOLCK));
+            match client.begin(Opcode::SetLkW, node, range(2, fh, 1, 0, 9, 2).as_bytes()) {
+                (Outcome::Later(_), _) => {}
+                (outcome, reply) => {
+                    assert_eq!(client.end(outcome, reply), Err(raw(Errno::NOLCK)));
                     refused += 1;
                 }
-                Ok(_) => panic!("it was taken"),
             }
         }
         assert_eq!(refused, 1100 - 1024);
