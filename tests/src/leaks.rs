@@ -1,7 +1,10 @@
 //! What a run leaves behind, and what a running kso holds.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long what is not needed any more may be kept.
+const SETTLING: Duration = Duration::from_secs(10);
 
 /// What a process holds, read from /proc.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +31,19 @@ impl Resources {
             descriptors: fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count),
             threads: field("Threads:"),
             resident: field("VmRSS:"),
+        }
+    }
+
+    /// Of process `pid` once it holds no more than it may, or after a while: sockets that were made in advance are closed
+    /// half a second after they were last wanted, later on a busy machine.
+    pub fn settled(pid: u32, mut may: impl FnMut(&Self) -> bool) -> Self {
+        let until = Instant::now() + SETTLING;
+        loop {
+            let now = Self::of(pid);
+            if may(&now) || Instant::now() > until {
+                return now;
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 }

@@ -293,6 +293,7 @@ mod tests {
         drop(kernels);
         let (mut stream, mut said) = (UnixStream::from(stream), Vec::new());
         stream.read_to_end(&mut said).unwrap();
-        assert!(said.starts_with(b"ksofiles"));
+        // It may have ended before it said anything.
+        assert!(said.is_empty() || said.starts_with(b"ksofiles"));
     }
 }
