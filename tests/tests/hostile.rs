@@ -81,8 +81,11 @@ fn uses_another_abi() {
     world.nothing_left();
 }
 
-/// Runs a case of `churn.c`, then looks at what kso still holds: of threads of which `alive` still live, two
-/// descriptors each.
+/// Threads that are started once when first needed: one carries epoll registrations, one makes sockets in advance.
+const HELPERS: usize = 2;
+
+/// Runs a case of `churn.c`, then looks at what kso still holds: of threads of which `alive` still live, three
+/// descriptors each (the thread, its list of descriptors, and one of that).
 #[track_caller]
 fn churn(name: &str, alive: usize) {
     let world = World::new();
@@ -96,10 +99,10 @@ fn churn(name: &str, alive: usize) {
     run.wait_for("done 0 alive");
     // Sockets of the dead take a moment.
     let after = Resources::settled(run.pid(), |after| {
-        after.threads <= quiet.threads + 1 && after.descriptors <= quiet.descriptors + 6 + 2 * alive
+        after.threads <= quiet.threads + HELPERS && after.descriptors <= quiet.descriptors + 6 + 3 * alive
     });
-    assert!(after.threads <= quiet.threads + 1, "threads: {quiet:?} {after:?}");
-    assert!(after.descriptors <= quiet.descriptors + 6 + 2 * alive, "descriptors: {quiet:?} {after:?}");
+    assert!(after.threads <= quiet.threads + HELPERS, "threads: {quiet:?} {after:?}");
+    assert!(after.descriptors <= quiet.descriptors + 6 + 3 * alive, "descriptors: {quiet:?} {after:?}");
     assert!(after.resident <= quiet.resident + 6000, "memory: {quiet:?} {after:?}");
     let out = run.terminate();
     no_panic(&out);
@@ -148,7 +151,7 @@ fn opens_twenty_thousand_connections() {
     let mut run = world.start("", argv([storm.as_str(), "held", "20000"]).hold());
     wait_until("20000 connections", seconds(60), || run.text().contains("open 20000"));
     assert!(run.text().contains("open 20000 bad 0"), "{} {}", run.text(), run.errors());
-    let held = Resources::of(run.pid());
+    let held = Resources::settled(run.pid(), |held| held.descriptors < 100);
     assert!(held.descriptors < 100, "kso holds a descriptor per connection: {held:?}");
     assert!(held.threads < 10, "{held:?}");
     assert!(held.resident < 15_000 + 20_000 * 4, "{held:?}");

@@ -62,9 +62,9 @@ fn nothing_beside_a_volume_is_reached() {
     std::os::unix::fs::symlink(&secret, format!("{path}/absolute")).expect("a link");
     // Another root than the host's, so that every path leads into what is shared.
     let root = world.path("root");
-    let busybox = "mkdir -p root/bin root/srv root/lib root/lib64 root/usr root/proc root/dev root/sys root/tmp root/etc && \
-        cp -a --parents /usr/bin/dash /usr/bin/cat /usr/bin/ls /usr/bin/mv /usr/bin/ln /usr/bin/rm root/ && cp -L /usr/bin/dash root/bin/sh && \
-        for l in $(ldd /usr/bin/ls | grep -o '/lib[^ ]*'); do cp -L --parents $l root/; done";
+    let busybox = "mkdir -p root/bin root/srv root/usr/bin root/proc root/dev root/sys root/tmp root/etc && \
+        for p in dash cat ls mv ln rm; do cp -a /usr/bin/$p root/usr/bin/; done && cp -L /usr/bin/dash root/bin/sh && \
+        for l in $(ldd /usr/bin/ls | grep -o '/lib[^ ]*'); do mkdir -p root$(dirname $l) && cp -L $l root$l; done";
     sh(busybox).cwd(world.path(".")).run().ok();
     let script = "cat /srv/relative /srv/absolute /srv/../secret /srv/../../secret /../secret; ln -s ../../secret /srv/d/l; cat /srv/d/l\n\
         i=0; while [ $i -lt 300 ]; do ln -s ../../secret /srv/x; mv /srv/x /srv/d/file; cat /srv/d/file; rm -f /srv/d/file; i=$((i+1)); done\n\
