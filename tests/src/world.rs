@@ -19,6 +19,12 @@ pub(crate) fn target_directory() -> PathBuf {
     test.parent().and_then(|deps| deps.parent()).expect("a target directory").to_path_buf()
 }
 
+/// The cache of the user who tests.
+fn cache() -> String {
+    std::env::var("XDG_CACHE_HOME")
+        .unwrap_or_else(|_| format!("{}/.cache", std::env::var("HOME").unwrap_or_else(|_| "/root".to_owned())))
+}
+
 /// Where the guest programs are built.
 fn programs_directory() -> String {
     output_directory().display().to_string()
@@ -188,6 +194,8 @@ impl World {
         cmd.prefixed(["ip", "netns", "exec", self.host.name()])
             .env(key, value)
             .env("KSO_RUNTIME_DIR", self.path("run"))
+            // Kernels of guests are in the user's own cache, whatever home a program is given.
+            .env("XDG_CACHE_HOME", cache())
     }
 
     /// `kso WORDS` in the host namespace.

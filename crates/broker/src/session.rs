@@ -112,6 +112,14 @@ impl Session {
         }
     }
 
+    /// Whether a rule of this session names a guest, by its name or address: `*` is not meant to.
+    pub fn may_reach_guest(&self, address: IpAddr, port: u16) -> Result<(), Reason> {
+        let mut names = Vec::new();
+        self.names_into(address, &mut names);
+        let target = Target { address, port, protocol: Protocol::Tcp, names: &names, host: false };
+        if self.policy.singles_out(&target) { Ok(()) } else { Err(Reason::NotAllowed) }
+    }
+
     fn names_into<'a>(&'a self, address: IpAddr, names: &mut Vec<&'a str>) {
         if self.tun.is_gateway(address) {
             names.push(HOST_NAME);

@@ -229,7 +229,7 @@ fn drain(from: &mut impl Read, tail: &mut VecDeque<u8>, show: &mut dyn FnMut(&[u
     true
 }
 
-/// The last lines, without anything that a terminal would obey.
+/// The last lines, or those from a panic on: what follows it may be long. Without anything that a terminal would obey.
 fn last_lines(bytes: &VecDeque<u8>) -> String {
     let bytes: Vec<u8> = bytes.iter().copied().collect();
     let text = String::from_utf8_lossy(&bytes);
@@ -238,11 +238,13 @@ fn last_lines(bytes: &VecDeque<u8>) -> String {
         .map(|line| line.chars().filter(|c| !c.is_control() || *c == '\t').collect::<String>())
         .filter(|line| !line.trim().is_empty())
         .collect();
-    let first = lines.len().saturating_sub(TOLD_LINES);
+    let panicked = lines.iter().rposition(|line| line.contains("Kernel panic - not syncing"));
+    let first = lines.len().saturating_sub(TOLD_LINES).min(panicked.unwrap_or(usize::MAX));
     lines
         .get(first..)
         .unwrap_or_default()
         .iter()
+        .take(TOLD_LINES)
         .map(|line| format!("  {}", line.trim_end()))
         .collect::<Vec<_>>()
         .join("\n")

@@ -156,14 +156,13 @@ fn stock_kernels_of_several_years() {
             continue;
         }
         let client = Client::Guest { kernel: Some(version.to_owned()) };
-        let script = "uname -r; curl -sS http://origin.test/hello; ping -c 1 -W 3 10.77.0.2 | grep received";
-        let out = world.outsourced_on(&client, "", sh(script)).run();
-        if version == "5.10" && out.code() != Some(0) {
-            // It may be too old, but must say so.
-            assert!(out.errors().contains("5.10") || out.errors().contains("kernel"), "{}", out.report());
-            continue;
+        let curl = "uname -r; curl -sS http://origin.test/hello";
+        world.outsourced_on(&client, "", sh(curl)).run().ok().shows(version).shows("hello from origin");
+        // Linux 5.10 executes no file with capabilities (as ping's) from an overlay on virtiofs: docs/semantics.md.
+        if version != "5.10" {
+            let ping = sh("ping -c 1 -W 3 10.77.0.2 | grep received");
+            world.outsourced_on(&client, "", ping).run().ok().shows("1 received");
         }
-        out.ok().shows(version).shows("hello from origin").shows("1 received");
     }
     world.nothing_left();
 }

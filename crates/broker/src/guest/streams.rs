@@ -227,6 +227,7 @@ impl Broker {
         let peer = wanted.peer;
         if super::is_guest_address(peer.ip()) {
             permitted(session, shared, wanted, false)?;
+            session.may_reach_guest(peer.ip(), peer.port()).map_err(Refusal::Policy)?;
             let other = self.guests.at(peer.ip()).ok_or(Refusal::Kernel(Errno::EHOSTUNREACH))?;
             let (port, outer) = self
                 .guests

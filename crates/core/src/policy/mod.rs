@@ -150,6 +150,16 @@ impl Policy {
         self.decide_with(target, true).map_or(Decision::Allow, Decision::Deny)
     }
 
+    /// Whether an allow rule is about just such a target: another than `*`.
+    #[must_use]
+    pub fn singles_out(&self, target: &Target<'_>) -> bool {
+        let place = Place::of(target);
+        let about = |rule: &&Rule| {
+            !matches!(rule.subject, Subject::Any) && place.views().any(|view| place.is_matched(rule, view))
+        };
+        self.allow.iter().find(about).is_some()
+    }
+
     /// What both the broker's configuration and the session's rules say. The broker's rules only take away:
     /// without allow rules of its own it leaves protected addresses to the session's rules.
     #[must_use]
