@@ -21,8 +21,9 @@ pub(crate) fn target_directory() -> PathBuf {
 
 /// The cache of the user who tests.
 fn cache() -> String {
-    std::env::var("XDG_CACHE_HOME")
-        .unwrap_or_else(|_| format!("{}/.cache", std::env::var("HOME").unwrap_or_else(|_| "/root".to_owned())))
+    std::env::var("XDG_CACHE_HOME").unwrap_or_else(|_| {
+        format!("{}/.cache", std::env::var("HOME").unwrap_or_else(|_| "/root".to_owned()))
+    })
 }
 
 /// Where the guest programs are built.
