@@ -2,16 +2,10 @@
 //! gVisor; and what a program with open files notices when such a kernel dies. Directories of this host too.
 #![forbid(unsafe_code)]
 
-use kso_tests::{
-    Client, Cmd, Death, External, Output, Running, World, argv, kso_binary, seconds, sh, wait_until,
-};
+use kso_tests::{Client, Cmd, Output, Running, World, argv, kso_binary, seconds, sh, wait_until};
 use rustix::process::Signal;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
-
-/// For what waits for a machine that is emulated on a busy host.
-const MACHINE: std::time::Duration = seconds(150);
-const LONG: std::time::Duration = seconds(500);
 
 /// Tells everything of a tree that can be told of it.
 const TELL: &str = "find . -printf '%P|%y|%m|%s|%U:%G|%n|%l|%T@\\n' | sort; \
@@ -82,7 +76,6 @@ fn holder(path: &str) -> Cmd {
              try:\n        \
                  if word == 'read': print('read', os.pread(f, 100, 0).decode(), flush=True)\n        \
                  if word == 'write': print('wrote', os.pwrite(f, rest[0].encode(), 0), flush=True)\n        \
-                 if word == 'sync': print('synced', os.fsync(f), flush=True)\n        \
                  if word == 'list': print('listed', sorted(os.listdir(os.path.dirname('{path}'))), flush=True)\n    \
              except OSError as e: print('error', e.strerror, flush=True)\n"
     );
@@ -217,48 +210,6 @@ fn an_image_is_read_without_a_kernels_file_system_code() {
             in_sandbox(&world, &format!("--external {kernel} -v disk:{path}:{mount}"), sh("true")).run();
         assert!(out.code() == Some(125) && out.errors().contains(why), "{why}: {}", out.report());
     }
-    world.nothing_left();
-}
-
-#[test]
-fn linux_in_a_machine_performs_the_files_of_its_disk() {
-    let world = World::new();
-    let root = tree(&world, "outer/data");
-    let mount = place(&world, "mount");
-    let (outer, image) = (world.path("outer"), world.path("disk.ext4"));
-    world.native(argv(["mke2fs", "-q", "-t", "ext4", "-d", &outer, &image, "64m"])).ok();
-    let machine = External::machine(&world, &format!(",disk={image}@/srv"));
-    let flags = format!("--external {} -v deb:/srv/data:{mount}", machine.flag);
-    // Sizes of directories are the image's own, and it has whole seconds.
-    let tell = "find . -printf '%P|%y|%m|%U:%G|%l|%Ts\n' | sort; find . -type f -print0 | sort -z | xargs -0 sha256sum";
-    let native = world.native(sh(tell).cwd(&root)).ok();
-    let inside = in_sandbox(&world, &flags, sh(format!("cd {mount} && {tell}")).limit(MACHINE)).run().ok();
-    for (one, other) in native.text().lines().zip(inside.text().lines()) {
-        assert_eq!(one, other);
-    }
-    assert_eq!(native.text(), inside.text());
-    // It goes on when that kernel dies, and what was synced is there.
-    let mut running = in_sandbox(&world, &flags, holder(&format!("{mount}/page")).limit(LONG)).spawn();
-    wait_until("the file is open", MACHINE, || running.text().contains("open"));
-    running.send("write kept\nsync\n");
-    wait_until("it is written", MACHINE, || running.text().contains("synced"));
-    machine.die(&running, Death::Kill);
-    // A machine that comes up slowly is waited for a minute; then there is an error, and the next call waits again.
-    for asked in 1..=10 {
-        running.send("read\n");
-        let answers = |text: &str| text.matches("read kept").count() + text.matches("error").count();
-        wait_until("an answer", MACHINE, || answers(&running.text()) == asked);
-        if running.text().contains("read kept") {
-            break;
-        }
-    }
-    running.send("list\nwrite more\nsync\n");
-    wait_until("it goes on", MACHINE, || running.text().matches("synced").count() == 2);
-    let out = running.finish(LONG).ok();
-    assert!(out.text().contains("read kept") && out.text().contains("'many'"), "{}", out.report());
-    // Another implementation reads what that kernel wrote.
-    let flags = format!("--external disk=image,path={image} -v disk:/data:{mount}");
-    in_sandbox(&world, &flags, sh(format!("head -c 4 {mount}/page"))).run().ok().shows("more");
     world.nothing_left();
 }
 

@@ -1,14 +1,14 @@
 //! A guest that is an external kernel: `kso_wire::machine` says what it is told.
 //!
 //! ```text
-//!   network card --> disks, mounted and shared --> PROVIDE: a listener for streams, then the control stream to the host
+//!   network card --> disks, mounted --> PROVIDE: a listener for streams, then the control stream to the host
 //!                                          | provider, until the host closes that
 //!                    disks, unmounted <----+
 //! ```
 
 use crate::boot::mount_at;
 use crate::{host, machine};
-use kso_provider::server::{Door, Export, Limits, Shared};
+use kso_provider::server::{Door, Limits, Shared};
 use kso_sys::{link, process, vsock};
 use kso_wire::guest::ports;
 use kso_wire::machine::{Disk, Machine};
@@ -45,12 +45,7 @@ pub fn run(told: &Machine) -> Result<(), String> {
     for disk in &told.disks {
         mounted.mount(disk)?;
     }
-    let mut shared = Shared::default();
-    for disk in &told.disks {
-        let export = Export::open(Path::new(&disk.target), disk.read_only);
-        let failed = |error| format!("cannot share {}: {error}", disk.target);
-        shared.exports.push(export.map_err(failed)?);
-    }
+    let shared = Shared::default();
     let limits = Limits { streams: streams(), ..Limits::default() };
     // It listens before the host knows that it is there.
     let listener = listen().map_err(|error| format!("cannot listen for streams: {error}"))?;

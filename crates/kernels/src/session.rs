@@ -75,8 +75,8 @@ struct Listener {
 
 /// A directory that is served, or was asked for.
 struct Shared {
-    /// A copy of the kernel's end, if it was passed: a copy of ours would hide from the kernel that its reader is gone.
-    theirs: Option<OwnedFd>,
+    /// A copy of the kernel's end: a copy of ours would hide from the kernel that its reader is gone.
+    theirs: OwnedFd,
     /// Our end, until it is known what becomes of it.
     asked: Option<(Sharing, OwnedFd)>,
 }
@@ -170,9 +170,9 @@ impl<'a> Session<'a> {
                 Command::Share(_) | Command::Stop => {}
             }
         }
-        for theirs in self.shares.values().filter_map(|shared| shared.theirs.as_ref()) {
+        for shared in self.shares.values() {
             // A kernel that hangs holds its own end.
-            let _ = rustix::net::shutdown(theirs, rustix::net::Shutdown::Both);
+            let _ = rustix::net::shutdown(&shared.theirs, rustix::net::Shutdown::Both);
         }
         for connection in self.connections.into_values() {
             match connection.state {
@@ -315,22 +315,20 @@ impl<'a> Session<'a> {
     }
 
     fn share(&mut self, sharing: Sharing) -> Result<(), Fault> {
-        let id = self.number();
-        let ends = match &self.carrier {
-            None => files::stream().and_then(|(own, given)| Ok((own, Some(given.try_clone()?), Some(given)))),
-            // The relay waits in threads of its own. The other end is the carrier's, and goes with it.
-            Some(_) => self.stream(id).and_then(|(own, given)| {
-                rustix::io::ioctl_fionbio(&own, false)?;
-                Ok((own, None, given))
-            }),
-        };
-        let (own, theirs, given) = match ends {
+        if self.carrier.is_some() {
+            // Requests and replies are whole frames on a unix socket, which does not get there.
+            let _ = sharing.answer.send(Err(Errno::EOPNOTSUPP));
+            return Ok(());
+        }
+        let made = files::stream().and_then(|(own, given)| Ok((own, given.try_clone()?, given)));
+        let (own, theirs, given) = match made {
             Ok(ends) => ends,
             Err(error) => {
                 let _ = sharing.answer.send(Err(kso_sys::errno::of(&error)));
                 return Ok(());
             }
         };
+        let id = self.number();
         let files::Directory { path, read_only, caching } = sharing.directory.clone();
         let order = provide::Share { stream: StreamId(id), path, read_only, caching };
         self.shares.insert(id, Shared { theirs, asked: Some((sharing, own)) });

@@ -129,13 +129,13 @@ impl Client {
         self.send(&ToProvider::Listen(order), None)
     }
 
-    /// Has it serve a directory on a stream, which is passed as that of [`Self::connect`].
+    /// Has it serve a directory on a stream.
     ///
     /// # Errors
     /// See [`Fault`].
-    pub fn share(&mut self, order: Share, stream: impl Into<Option<OwnedFd>>) -> Result<(), Fault> {
+    pub fn share(&mut self, order: Share, stream: OwnedFd) -> Result<(), Fault> {
         self.ledger.share(order.stream);
-        self.send(&ToProvider::Share(order), stream.into())
+        self.send(&ToProvider::Share(order), Some(stream))
     }
 
     /// Gives it the stream of a connection to come, as [`Self::connect`]. The provider may give it back

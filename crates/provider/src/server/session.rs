@@ -14,8 +14,8 @@ use super::tickets::{Meeting, Membership};
 use super::{Limits, Shared, portable};
 use crate::channel::{Channel, ChannelError};
 use kso_wire::provide::{
-    Connect, ListenerId, Offer, PROVIDE_VERSION, Question, Reply, Service, Share, StreamId, ToBroker,
-    ToProvider, Welcome,
+    Connect, ListenerId, Offer, PROVIDE_VERSION, Question, Reply, Service, StreamId, ToBroker, ToProvider,
+    Welcome,
 };
 use kso_wire::{Errno, Family};
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -93,7 +93,6 @@ impl From<rustix::io::Errno> for Fault {
 enum Purpose {
     Connect(Connect),
     Offer(ListenerId),
-    Share(Share),
 }
 
 /// Where no descriptor can be passed: the streams that begin with tickets.
@@ -285,20 +284,6 @@ impl Session {
                 self.listeners.offer(listener, id, stream)?;
                 self.accept(listener.0)
             }
-            Purpose::Share(order) => {
-                // Threads of its own wait on it.
-                rustix::io::ioctl_fionbio(&stream, false)?;
-                let full = self.draining_since.is_some() || self.shares.count() >= self.limits.shares;
-                let opened = if full {
-                    Err(Errno::ENOBUFS)
-                } else {
-                    self.shares.open(self.exports.clone(), order, stream)
-                };
-                match opened {
-                    Ok(()) => Ok(()),
-                    Err(errno) => self.tell(&ToBroker::Failed { stream: id, errno }),
-                }
-            }
         }
     }
 
@@ -359,7 +344,21 @@ impl Session {
                 self.tell(&ToBroker::Answered { id, result: Err(Errno::EOPNOTSUPP) })
             }
             (ToProvider::Ping(number), true) => self.tell(&ToBroker::Pong(number)),
-            (ToProvider::Share(order), true) => self.named(order.stream, Purpose::Share(order)),
+            (ToProvider::Share(order), true) => {
+                let descriptor = self.descriptor()?;
+                self.check_stream(order.stream)?;
+                let stream = order.stream;
+                let full = self.draining_since.is_some() || self.shares.count() >= self.limits.shares;
+                let opened = if full {
+                    Err(Errno::ENOBUFS)
+                } else {
+                    self.shares.open(self.exports.clone(), order, descriptor)
+                };
+                match opened {
+                    Ok(()) => Ok(()),
+                    Err(errno) => self.tell(&ToBroker::Failed { stream, errno }),
+                }
+            }
         }
     }
 
