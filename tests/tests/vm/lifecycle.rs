@@ -158,11 +158,9 @@ fn stock_kernels_of_several_years() {
         let client = Client::Guest { kernel: Some(version.to_owned()) };
         let curl = "uname -r; curl -sS http://origin.test/hello";
         world.outsourced_on(&client, "", sh(curl)).run().ok().shows(version).shows("hello from origin");
-        // Linux 5.10 executes no file with capabilities (as ping's) from an overlay on virtiofs: docs/semantics.md.
-        if version != "5.10" {
-            let ping = sh("ping -c 1 -W 3 10.77.0.2 | grep received");
-            world.outsourced_on(&client, "", ping).run().ok().shows("1 received");
-        }
+        // A copy has no capabilities: where ping's file has some it is not executed (docs/semantics.md).
+        let ping = sh("cp $(command -v ping) /tmp/ping && /tmp/ping -c 1 -W 3 10.77.0.2 | grep received");
+        world.outsourced_on(&client, "", ping).run().ok().shows("1 received");
     }
     world.nothing_left();
 }

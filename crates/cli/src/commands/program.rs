@@ -93,6 +93,10 @@ enum Loopback {
 impl ProgramArgs {
     /// What a broker is told of the session.
     pub fn hello(&self) -> Result<Hello> {
+        if let Some(word) = self.command.first().filter(|word| word.as_encoded_bytes().starts_with(b"-")) {
+            let word = word.display();
+            bail!("there is no option {word}: see --help (a program that is called so is ./{word})");
+        }
         let rules = self.allow.iter().map(|text| (true, text.clone()));
         let rules: Vec<_> = rules.chain(self.deny.iter().map(|text| (false, text.clone()))).collect();
         let publish =
