@@ -42,12 +42,20 @@ pub struct External {
     monitor: Option<String>,
 }
 
+/// Whether gVisor is installed; says so if not.
+pub fn has_gvisor() -> bool {
+    let place = "command -v runsc || test -x \"$HOME/.cache/kso/gvisor/usr/bin/runsc\"";
+    let installed = std::env::var_os("KSO_RUNSC").is_some() || sh(place).run().code() == Some(0);
+    if !installed {
+        eprintln!("runsc is not installed: NOT TESTED (kso doctor says how)");
+    }
+    installed
+}
+
 impl External {
     /// gVisor; `None` where it is not installed.
     pub fn gvisor(world: &World) -> Option<Self> {
-        let place = "command -v runsc || test -x \"$HOME/.cache/kso/gvisor/usr/bin/runsc\"";
-        if std::env::var_os("KSO_RUNSC").is_none() && sh(place).run().code() != Some(0) {
-            eprintln!("runsc is not installed: not tested");
+        if !has_gvisor() {
             return None;
         }
         let cable = format!("attach=netns:/run/netns/{}", world.origin.name());

@@ -31,7 +31,7 @@ mod world;
 
 pub use client::Client;
 pub use command::{Cmd, Output, Running, argv, sh};
-pub use external::{Death, External};
+pub use external::{Death, External, has_gvisor};
 pub use leaks::{Resources, marked_processes, wait_gone};
 pub use netns::Netns;
 pub use origin::{EchoServer, FullBacklog, HttpOrigin, UdpEcho};

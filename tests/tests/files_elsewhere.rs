@@ -2,7 +2,7 @@
 //! gVisor; and what a program with open files notices when such a kernel dies. Directories of this host too.
 #![forbid(unsafe_code)]
 
-use kso_tests::{Client, Cmd, Output, Running, World, argv, kso_binary, seconds, sh, wait_until};
+use kso_tests::{Client, Cmd, Output, Running, World, argv, has_gvisor, kso_binary, seconds, sh, wait_until};
 use rustix::process::Signal;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -51,14 +51,6 @@ fn provider(world: &World, name: &str, shares: &[&str]) -> (Running, String) {
     let running = world.at_host(argv(words)).spawn();
     wait_until("the provider", seconds(30), || std::os::unix::net::UnixStream::connect(&path).is_ok());
     (running, format!("--external {name}=provider,path={path}"))
-}
-
-fn installed_gvisor() -> bool {
-    let installed = sh("command -v runsc || test -x \"$HOME/.cache/kso/gvisor/usr/bin/runsc\"").run();
-    if installed.code() != Some(0) {
-        eprintln!("runsc is not installed: NOT TESTED (kso doctor says how)");
-    }
-    installed.code() == Some(0)
 }
 
 fn in_sandbox(world: &World, flags: &str, cmd: Cmd) -> Cmd {
@@ -146,7 +138,7 @@ fn a_guest_sees_and_changes_a_directory_of_a_provider() {
 
 #[test]
 fn gvisor_performs_the_files_of_a_sandbox() {
-    if !installed_gvisor() {
+    if !has_gvisor() {
         return;
     }
     let world = World::new();
@@ -272,7 +264,7 @@ fn an_open_file_moves_to_the_next_kernel() {
 
 #[test]
 fn a_program_goes_on_when_gvisor_dies() {
-    if !installed_gvisor() {
+    if !has_gvisor() {
         return;
     }
     let world = World::new();

@@ -2,7 +2,7 @@
 //! programs notice when such a kernel dies.
 #![forbid(unsafe_code)]
 
-use kso_tests::{Cmd, Running, World, argv, kso_binary, seconds, sh, wait_until};
+use kso_tests::{Cmd, Running, World, argv, has_gvisor, kso_binary, seconds, sh, wait_until};
 use rustix::process::Signal;
 use std::io::{ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
@@ -12,9 +12,7 @@ const GVISOR: &str = "gvisor,address=10.79.0.2/24,gateway=10.79.0.1,patience_ms=
 
 /// Flags for gVisor; `None` where runsc is not installed: `kso doctor` says how.
 fn gvisor(world: &World) -> Option<String> {
-    let installed = sh("command -v runsc || test -x \"$HOME/.cache/kso/gvisor/usr/bin/runsc\"").run();
-    if installed.code() != Some(0) {
-        eprintln!("runsc is not installed: not tested");
+    if !has_gvisor() {
         return None;
     }
     Some(format!("{GVISOR},attach=netns:/run/netns/{}", world.origin.name()))
